@@ -1,0 +1,1 @@
+"""Values that every layer uses: errors, flags, dtypes, specs, configurations."""

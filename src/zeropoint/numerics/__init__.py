@@ -1,0 +1,1 @@
+"""Arithmetic of quantization: tensors in, tensors out. Knows nothing of graphs."""
