@@ -132,7 +132,9 @@ class QuantizationSpec(QuantizationSpecBase):
         _check_dtype_and_range(self.dtype, self.quant_min, self.quant_max)
         _check_scheme(self.qscheme, self.ch_axis, self.is_dynamic)
         if not callable(self.observer_or_fake_quant_ctr):
-            raise SpecError(f"observer_or_fake_quant_ctr={self.observer_or_fake_quant_ctr!r} is not callable", where="spec")
+            raise SpecError(
+                f"observer_or_fake_quant_ctr={self.observer_or_fake_quant_ctr!r} is not callable", where="spec"
+            )
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -1,0 +1,46 @@
+"""zeropoint: quantize PyTorch models for edge devices."""
+
+from zeropoint.annotate.annotation import QuantizationAnnotation
+from zeropoint.annotate.plan import Decision, Plan
+from zeropoint.annotate.quantizer import ComposableQuantizer, Quantizer
+from zeropoint.api import QuantizedModel, quantize
+from zeropoint.core.configs import OperatorConfig, QuantizationConfig
+from zeropoint.core.errors import ZeropointError
+from zeropoint.core.specs import (
+    DerivedQuantizationSpec,
+    EdgeOrNode,
+    FixedQParamsQuantizationSpec,
+    QuantizationSpec,
+    QuantizationSpecBase,
+    SharedQuantizationSpec,
+)
+from zeropoint.graph.bind import Site
+from zeropoint.graph.capture import capture
+from zeropoint.numerics.quantized_tensor import QuantizedTensor
+from zeropoint.workflow import convert_pt2e, prepare_pt2e
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ComposableQuantizer",
+    "Decision",
+    "DerivedQuantizationSpec",
+    "EdgeOrNode",
+    "FixedQParamsQuantizationSpec",
+    "OperatorConfig",
+    "Plan",
+    "QuantizationAnnotation",
+    "QuantizationConfig",
+    "QuantizationSpec",
+    "QuantizationSpecBase",
+    "QuantizedModel",
+    "QuantizedTensor",
+    "Quantizer",
+    "SharedQuantizationSpec",
+    "Site",
+    "ZeropointError",
+    "capture",
+    "convert_pt2e",
+    "prepare_pt2e",
+    "quantize",
+]

@@ -1,0 +1,129 @@
+"""Bias correction: remove the shift that quantization gives to the mean of each output channel.
+
+Nagel et al. 2019, section 4.2, the empirical form: layer by layer, each with the corrected layers before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node, map_arg
+from torch.utils import _pytree as pytree
+
+from zeropoint.algorithms.watch import watch
+from zeropoint.graph.attributes import get_attribute, set_parameter
+from zeropoint.graph.bind import argument
+from zeropoint.graph.layers import LAYERS, channel_axis
+from zeropoint.numerics import ops
+from zeropoint.passes.round_biases import bias_scale, on_grid
+
+SIGNIFICANCE = 2.0
+"""A shift is corrected when it is at least so many times its own standard error over the samples."""
+
+
+def channel_means(model: GraphModule, batches: Sequence[tuple[Any, ...]]) -> dict[str, torch.Tensor]:
+    """Returns, for each layer by name, the mean of each output channel of each sample: ``(samples, channels)``."""
+    found: dict[str, list[torch.Tensor]] = {}
+    layers = [node for node in model.graph.nodes if node.target in LAYERS]
+    watch(model, batches, layers, lambda node, value: found.setdefault(node.name, []).append(_means(node, value)))
+    return {name: torch.cat(means) for name, means in found.items()}
+
+
+def _means(layer: Node, value: torch.Tensor) -> torch.Tensor:
+    """Returns the mean over all axes but the first and that of the channels."""
+    channels_last = value.movedim(channel_axis(layer), -1)
+    return channels_last.reshape(channels_last.shape[0], -1, channels_last.shape[-1]).mean(1)
+
+
+@torch.no_grad()
+def correct_biases(
+    converted: GraphModule, batches: Sequence[tuple[Any, ...]], reference: dict[str, torch.Tensor]
+) -> list[str]:
+    """Adds to each quantized layer's bias what its output lacks in the mean; returns the names of the layers changed.
+
+    Args:
+        converted: what ``convert_pt2e`` returned; its biases are changed, and stay on their int32 grid.
+        batches: the inputs that ``reference`` was computed on.
+        reference: ``channel_means`` of the float model.
+    """
+    values: list[dict[Node, Any]] = [_inputs(converted, inputs) for inputs in batches]
+    last_read = _last_reads(converted)
+    changed: list[str] = []
+    for node in converted.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        for known in values:
+            known[node] = _run(converted, node, known)
+        if node.name in reference and node.target in LAYERS and _correct(converted, node, values, reference[node.name]):
+            changed.append(node.name)
+        for finished in last_read.get(node, ()):
+            for known in values:
+                known.pop(finished, None)
+    return changed
+
+
+def _inputs(model: GraphModule, inputs: tuple[Any, ...]) -> dict[Node, Any]:
+    placeholders = [node for node in model.graph.nodes if node.op == "placeholder"]
+    return dict(zip(placeholders, pytree.tree_leaves(inputs), strict=True))
+
+
+def _last_reads(model: GraphModule) -> dict[Node, list[Node]]:
+    """Returns the nodes whose value is read for the last time by each node."""
+    last: dict[Node, Node] = {}
+    for node in model.graph.nodes:
+        last.update(dict.fromkeys(node.all_input_nodes, node))
+    found: dict[Node, list[Node]] = {}
+    for read, reader in last.items():
+        found.setdefault(reader, []).append(read)
+    return found
+
+
+def _run(model: GraphModule, node: Node, known: dict[Node, Any]) -> Any:
+    if node.op == "get_attr":
+        owner, _, name = str(node.target).rpartition(".")
+        return getattr(model.get_submodule(owner), name)
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: known[n])
+    target = model.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+    assert callable(target)
+    return target(*args, **kwargs)
+
+
+def _correct(model: GraphModule, layer: Node, values: list[dict[Node, Any]], reference: torch.Tensor) -> bool:
+    """Corrects one layer's bias and its outputs on all batches; returns whether it did."""
+    bias = argument(layer, "bias")
+    scale = bias_scale(model, layer)
+    if (
+        scale is None
+        or bias is None
+        or bias.op != "get_attr"
+        or argument(layer, "weight").target not in ops.DEQUANTIZE_OPS
+    ):
+        return False
+    shift = reference - torch.cat([_means(layer, known[layer]) for known in values])
+    wanted = significant(shift)
+    before = get_attribute(model, str(bias.target)).detach()
+    after = on_grid(before + wanted.to(before.dtype), scale)
+    if torch.equal(before, after):
+        return False
+    set_parameter(model, str(bias.target), after)
+    shape = [1] * values[0][layer].dim()
+    shape[channel_axis(layer)] = -1
+    for known in values:
+        known[bias] = after
+        known[layer] = known[layer] + (after - before).reshape(shape)
+    return True
+
+
+def significant(shift: torch.Tensor) -> torch.Tensor:
+    """Returns the mean over samples of each channel's shift, 0 where it may be chance.
+
+    Args:
+        shift: ``(samples, channels)``.
+    """
+    mean = shift.mean(0)
+    if len(shift) < 2:
+        return mean
+    error = shift.std(0) / len(shift) ** 0.5
+    return torch.where(mean.abs() >= SIGNIFICANCE * error, mean, torch.zeros_like(mean))

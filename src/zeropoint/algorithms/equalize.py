@@ -1,0 +1,135 @@
+"""Equalization: let the channels of an activation use the one range that they are quantized in.
+
+After Nagel et al. 2019 ("Data-free quantization through weight equalization and bias correction", section 4.1), who
+equalize weights; here it is activations, from calibration data, since weights get a scale per channel anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from zeropoint.algorithms.watch import watch
+from zeropoint.graph.attributes import get_attribute, set_parameter
+from zeropoint.graph.bind import argument
+from zeropoint.graph.chains import sole_reader
+from zeropoint.graph.layers import LAYERS, PADS, channel_axis, output_channels, scale_inputs, scale_outputs
+
+aten = torch.ops.aten
+
+HOMOGENEOUS = (
+    aten.relu.default, aten.relu_.default, aten.leaky_relu.default, aten.leaky_relu_.default,
+    aten.max_pool2d.default, aten.max_pool1d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default,
+    aten.dropout.default,
+)  # fmt: skip
+"""Operators with ``f(a x) = a f(x)`` for ``a > 0``, channel by channel."""
+STRENGTH = 0.75
+"""Exponent of the factor. 1 fills the range with every channel, and leaves data that was not seen no room; of 0.5 to 1
+it lost the least on super-resolution (waifu2x) with held-out data."""
+SMALLEST_FACTOR = 1 / 64
+"""A channel that calibration hardly excites is not blown up by more than 64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two layers with only channel-wise homogeneous operators between them, each the other's only neighbour."""
+
+    first: Node
+    second: Node
+
+
+def equalize(model: GraphModule, batches: Sequence[tuple[Any, ...]]) -> list[Pair]:
+    """Scales each output channel of a layer up and the matching weights of the next layer down; returns the pairs.
+
+    The model's function stays the same. Channel ``c`` is divided by ``r_c ** 0.75``, where ``r_c`` is the share of the
+    tensor's range that the channel uses: ``max(min_c / min, max_c / max)``. The user's own tensors are not written to.
+    """
+    pairs = find_pairs(model)
+    ranges = _ranges(model, batches, [pair.first for pair in pairs])
+    for pair in pairs:
+        if pair.first in ranges:
+            _apply(model, pair, factors(*ranges[pair.first]))
+    return pairs
+
+
+def find_pairs(model: GraphModule) -> list[Pair]:
+    """Returns the pairs of a graph in order."""
+    layers = [node for node in model.graph.nodes if node.op == "call_function" and node.target in LAYERS]
+    pairs = ((layer, _next_layer(layer)) for layer in layers)
+    found = [Pair(first, second) for first, second in pairs if second is not None]
+    return [pair for pair in found if all(_owns_tensors(model, layer) for layer in (pair.first, pair.second))]
+
+
+def _next_layer(layer: Node) -> Node | None:
+    reader = sole_reader(layer)
+    while reader is not None and (reader.target in HOMOGENEOUS or _pads_with_zero(reader)):
+        reader = sole_reader(reader)
+    if reader is None or reader.target not in LAYERS or channel_axis(reader) != channel_axis(layer):
+        return None
+    depends_on = argument(reader, "input")
+    return reader if depends_on.meta["val"].dim() == layer.meta["val"].dim() else None
+
+
+def _pads_with_zero(node: Node) -> bool:
+    return node.target in PADS and argument(node, "mode") in (None, "constant") and not argument(node, "value")
+
+
+def _owns_tensors(model: GraphModule, layer: Node) -> bool:
+    """True when weight and bias are float parameters that nothing else reads."""
+    read = [argument(layer, name) for name in ("weight", "bias")]
+    return all(
+        node.op == "get_attr" and len(node.users) == 1 and _times_read(model, str(node.target)) == 1
+        for node in read
+        if isinstance(node, Node)
+    )
+
+
+def _times_read(model: GraphModule, path: str) -> int:
+    return sum(node.op == "get_attr" and node.target == path for node in model.graph.nodes)
+
+
+Range = tuple[torch.Tensor, torch.Tensor]
+
+
+def _ranges(model: GraphModule, batches: Sequence[tuple[Any, ...]], layers: list[Node]) -> dict[Node, Range]:
+    """Returns smallest and largest value of each output channel over all batches, each of shape ``(channels,)``."""
+    found: dict[Node, Range] = {}
+
+    def look(node: Node, value: torch.Tensor) -> None:
+        channels = value.movedim(channel_axis(node), 0).reshape(output_channels(node), -1)
+        low, high = torch.aminmax(channels, dim=1)
+        if node in found:
+            low, high = torch.minimum(low, found[node][0]), torch.maximum(high, found[node][1])
+        found[node] = (low, high)
+
+    watch(model, batches, layers, look)
+    return found
+
+
+def factors(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Returns what to divide each channel by, in ``[1/64, 1]``, from its smallest and largest value."""
+    tiny = torch.finfo(torch.float32).tiny
+    low, high = low.clamp(max=-tiny), high.clamp(min=tiny)
+    used = torch.maximum(low / low.min(), high / high.max())
+    return used.pow(STRENGTH).clamp(SMALLEST_FACTOR, 1.0)
+
+
+def _apply(model: GraphModule, pair: Pair, factor: torch.Tensor) -> None:
+    weight, bias = argument(pair.first, "weight"), argument(pair.first, "bias")
+    _set(model, weight, scale_outputs(pair.first, _get(model, weight), 1 / factor))
+    if bias is not None:
+        _set(model, bias, _get(model, bias) / factor)
+    following = argument(pair.second, "weight")
+    _set(model, following, scale_inputs(pair.second, _get(model, following), factor))
+
+
+def _get(model: GraphModule, node: Node) -> torch.Tensor:
+    return get_attribute(model, str(node.target)).detach()
+
+
+def _set(model: GraphModule, node: Node, value: torch.Tensor) -> None:
+    set_parameter(model, str(node.target), value)

@@ -1,0 +1,1 @@
+"""What is to be quantized: annotations, the plan read from them, groups that share a scale, patterns, quantizers."""

@@ -1,0 +1,127 @@
+"""Groups: the sites that share one scale and zero point, found by union-find in near-linear time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from zeropoint.annotate.plan import Plan, describe_place
+from zeropoint.core.errors import AnnotationError
+from zeropoint.core.specs import EdgeOrNode, QuantizationSpecBase, SharedQuantizationSpec
+from zeropoint.graph.bind import Site, reads
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Group:
+    """The sites that share one observer, in the order of the plan, and the spec that it is made from."""
+
+    spec: QuantizationSpecBase
+    sites: tuple[Site, ...]
+
+
+class _UnionFind:
+    """Disjoint sets with union by size and path halving; no recursion."""
+
+    def __init__(self, items: Iterable[Site]) -> None:
+        self._parent = {item: item for item in items}
+        self._size = dict.fromkeys(self._parent, 1)
+
+    def find(self, item: Site) -> Site:
+        parent = self._parent
+        while parent[item] != item:
+            parent[item] = parent[parent[item]]
+            item = parent[item]
+        return item
+
+    def union(self, one: Site, other: Site) -> None:
+        one, other = self.find(one), self.find(other)
+        if one == other:
+            return
+        if self._size[one] < self._size[other]:
+            one, other = other, one
+        self._parent[other] = one
+        self._size[one] += self._size[other]
+
+
+def resolve(plan: Plan) -> dict[Site, Group]:
+    """Returns the group of each site of the plan.
+
+    Sites share a group when a shared spec says so, when they are reads of one node by another, or implicitly: reads of
+    one tensor, and the tensor itself, whose specs are equal, unless the readers forbid it. The order in which
+    annotations were made does not matter.
+
+    Raises:
+        AnnotationError: a shared spec names a place that is not quantized, or shared specs form a circle.
+    """
+    sets = _UnionFind(plan.specs)
+    for site, spec in plan.specs.items():
+        if isinstance(spec, SharedQuantizationSpec):
+            sets.union(site, shared_site(plan, site, spec.edge_or_node))
+    _share_implicitly(plan, sets, _roots(plan, sets))
+    members: dict[Site, list[Site]] = defaultdict(list)
+    for site in plan.specs:
+        members[sets.find(site)].append(site)
+    roots = _roots(plan, sets)
+    groups = [Group(roots[head], tuple(sites)) for head, sites in members.items()]
+    return {site: group for group in groups for site in group.sites}
+
+
+def shared_site(plan: Plan, site: Site, place: EdgeOrNode) -> Site:
+    """Returns the site that an edge or node names in a shared or derived spec of ``site``.
+
+    Raises:
+        AnnotationError: that place is not quantized.
+    """
+    candidates: list[Site]
+    if isinstance(place, Node):
+        candidates = [Site(place)]
+    else:
+        producer, consumer = place
+        candidates = [read for read, source in reads(consumer) if source is producer]
+    for candidate in candidates:
+        if candidate in plan.specs:
+            return candidate
+    what = f"its spec refers to {describe_place(place)}, which is not quantized"
+    raise AnnotationError(what, where=str(site), remedy="Annotate that place, or give this one a spec of its own.")
+
+
+def _roots(plan: Plan, sets: _UnionFind) -> dict[Site, QuantizationSpecBase]:
+    """Returns the spec of each set: that of its first member, in plan order, which is not itself shared."""
+    roots: dict[Site, QuantizationSpecBase] = {}
+    for site, spec in plan.specs.items():
+        if not isinstance(spec, SharedQuantizationSpec):
+            roots.setdefault(sets.find(site), spec)
+    for site in plan.specs:
+        if sets.find(site) not in roots:
+            circle = [str(s) for s in plan.specs if sets.find(s) == sets.find(site)]
+            what = f"shared specs form a circle: {', '.join(circle[:8])}"
+            raise AnnotationError(what, where=str(site), remedy="Give one of them a spec of its own.")
+    return roots
+
+
+def _share_implicitly(plan: Plan, sets: _UnionFind, roots: dict[Site, QuantizationSpecBase]) -> None:
+    """Unites, tensor by tensor, the reads whose specs are equal, and the tensor itself where its spec is that too."""
+    alike: dict[tuple[Node, QuantizationSpecBase], list[Site]] = defaultdict(list)
+    spec_of = {site: roots[sets.find(site)] for site in plan.specs}
+    for node in dict.fromkeys(site.node for site in plan.specs):
+        for site, source in reads(node):
+            if site in plan.specs:
+                alike[source, spec_of[site]].append(site)
+    for (source, spec), sites in alike.items():
+        _unite_repeated_reads(sets, sites)
+        if all(site.node in plan.unshared for site in sites):
+            continue
+        for site in sites[1:]:
+            sets.union(sites[0], site)
+        if Site(source) in plan.specs and spec_of[Site(source)] == spec:
+            sets.union(Site(source), sites[0])
+
+
+def _unite_repeated_reads(sets: _UnionFind, sites: list[Site]) -> None:
+    """``add(x, x)`` reads one tensor twice: that is one edge."""
+    first: dict[Node, Site] = {}
+    for site in sites:
+        sets.union(first.setdefault(site.node, site), site)

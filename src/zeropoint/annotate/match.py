@@ -1,0 +1,166 @@
+"""Annotating by a table: one walk over the graph, each node looked up by its operator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch.fx import GraphModule, Node
+
+from zeropoint.annotate.annotation import annotation_of, is_annotated
+from zeropoint.annotate.patterns import (
+    Activation,
+    Bias,
+    Context,
+    Follow,
+    Input,
+    Match,
+    Pattern,
+    Shared,
+    Table,
+    Weight,
+    is_float32,
+)
+from zeropoint.annotate.plan import DECISION_KEY, Decision
+from zeropoint.annotate.rules import NOT_SELECTED, Rules
+from zeropoint.core.specs import PER_CHANNEL, QuantizationSpecBase, SharedQuantizationSpec
+from zeropoint.graph.chains import sole_reader
+from zeropoint.graph.compat import is_tensor_value
+from zeropoint.graph.constants import constant_nodes
+
+
+def annotate_by_table(model: GraphModule, table: Table, rules: Rules) -> None:
+    """Annotates every node of the graph that a row of the table and a rule of the user select.
+
+    Each call of an operator gets a decision: quantized by a row, or float with the reason.
+    """
+    context = Context(model, constant_nodes(model), set())
+    for node in model.graph.nodes:
+        if node.op != "call_function" or is_annotated(node):
+            _note_foreign_output(node, context)
+            continue
+        if not is_tensor_value(node.meta.get("val")) or node in context.constants:
+            continue
+        decision = _decide(node, table, rules, context)
+        for covered in decision.nodes:
+            if _rank(decision) > _rank(covered.meta.get(DECISION_KEY)):
+                covered.meta[DECISION_KEY] = decision
+
+
+def _rank(decision: Decision | None) -> int:
+    """Returns how much a decision tells: of two quantizers' decisions about a node the higher is kept."""
+    match decision:
+        case None:
+            return 0
+        case Decision(refusal=None):
+            return 4
+        case Decision(refusal=reason) if reason == NOT_SELECTED:
+            return 1
+        case Decision(pattern=""):
+            return 2
+        case _:
+            return 3
+
+
+def _note_foreign_output(node: Node, context: Context) -> None:
+    if is_annotated(node) and annotation_of(node).output_qspec is not None:
+        context.quantized.add(node)
+
+
+def _decide(node: Node, table: Table, rules: Rules, context: Context) -> Decision:
+    pattern = table.pattern_of(node)
+    name = pattern.name if pattern is not None else ""
+    if not is_float32(node):
+        return Decision(name, (node,), f"it returns {node.meta['val'].dtype}; only float32 arithmetic is quantized")
+    if pattern is None:
+        return Decision(name, (node,), table.float_reason(node))
+    config, excluded = rules.choose(node)
+    if config is None:
+        return Decision(name, (node,), excluded)
+    match = Match(pattern, node, _before(pattern, node), _fused(pattern, node, rules), config, context)
+    refusal = _refusal(match)
+    if refusal is not None:
+        return Decision(name, (node,), refusal)
+    _annotate(match)
+    return Decision(name, match.nodes)
+
+
+def _before(pattern: Pattern, head: Node) -> Node | None:
+    """Returns the node that is fused before the head: it has no other reader and the row's conditions hold."""
+    first = head.args[0] if head.args else None
+    if not isinstance(first, Node) or first.target not in pattern.before or sole_reader(first) is not head:
+        return None
+    return first if all(condition(first) for condition in pattern.before_when) else None
+
+
+def _fused(pattern: Pattern, head: Node, rules: Rules) -> tuple[Node, ...]:
+    """Returns the nodes after the head that are computed with it: each the only reader of the one before."""
+    fused: list[Node] = []
+    current = head
+    for operators in pattern.chain[1:]:
+        following = sole_reader(current)
+        if following is None or following.target not in operators:
+            continue
+        if is_annotated(following) or rules.leaves_out(following):
+            continue
+        fused.append(following)
+        current = following
+    return tuple(fused)
+
+
+def _refusal(match: Match) -> str | None:
+    for read in match.inputs():
+        if not is_float32(read.source) and not isinstance(read.role, Bias):
+            value = read.source.meta.get("val")
+            return f"its input {read.source.name} is {getattr(value, 'dtype', type(value).__name__)}, not float32"
+        if isinstance(read.role, Follow) and read.source not in match.context.quantized:
+            return f"its input {read.source.name} is float: quantizing here would only add conversions"
+    conditions = match.pattern.when
+    if match.config.is_dynamic:
+        if match.pattern.dynamic is None:
+            return "activations quantized at run time: the backend has no such kernel for this operator"
+        conditions += match.pattern.dynamic
+    return next((reason for condition in conditions if (reason := condition(match)) is not None), None)
+
+
+def _annotate(match: Match) -> None:
+    """Writes the annotations of a match: inputs on their readers, the output on the last node."""
+    inputs = match.inputs()
+    for read in inputs:
+        annotation_of(read.reader).input_qspec_map.setdefault(read.source, _input_spec(match, read, inputs[0]))
+    output = _output_spec(match, inputs[0])
+    annotation_of(match.last).output_qspec = output
+    if output is not None:
+        match.context.quantized.add(match.last)
+    for node in match.nodes:
+        annotation_of(node)._annotated = True
+
+
+def _input_spec(match: Match, read: Input, first: Input) -> QuantizationSpecBase | None:
+    match read.role:
+        case Activation():
+            return match.config.input_activation
+        case Weight(axis=axis):
+            spec = match.config.weight
+            return replace(spec, ch_axis=axis) if spec is not None and spec.qscheme in PER_CHANNEL else spec
+        case Bias():
+            return match.config.bias
+        case Follow():
+            return SharedQuantizationSpec(read.source)
+        case Shared() if read.source is first.source:
+            return match.config.input_activation
+        case _:
+            return SharedQuantizationSpec((first.source, first.reader))
+
+
+def _output_spec(match: Match, first: Input) -> QuantizationSpecBase | None:
+    if match.config.output_activation is None:
+        return None
+    if isinstance(match.pattern.output, Shared):
+        return SharedQuantizationSpec((first.source, first.reader))
+    return match.config.output_activation
+
+
+def coverage_of(model: GraphModule) -> list[Decision]:
+    """Returns the decisions of a graph, each once, in order."""
+    found = (node.meta.get(DECISION_KEY) for node in model.graph.nodes)
+    return list(dict.fromkeys(decision for decision in found if decision is not None))

@@ -1,0 +1,90 @@
+"""Reading the annotations of a graph into a plan. Specs and annotations are known by their attributes, not classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from zeropoint.annotate.annotation import Q_ANNOTATION_KEY, require_node
+from zeropoint.annotate.plan import Plan, decisions_of
+from zeropoint.core.errors import AnnotationError
+from zeropoint.core.specs import (
+    DerivedQuantizationSpec,
+    FixedQParamsQuantizationSpec,
+    QuantizationSpec,
+    QuantizationSpecBase,
+    SharedQuantizationSpec,
+)
+from zeropoint.graph.bind import Site, reads
+from zeropoint.graph.compat import is_tensor_value
+from zeropoint.graph.graph_pass import bodies
+from zeropoint.graph.source import describe
+
+
+def read_plan(model: GraphModule) -> Plan:
+    """Returns the plan that the annotations of the graph, and of the bodies of its control flow, ask for.
+
+    Raises:
+        AnnotationError: an annotation names a literal, or a node that is not read, or holds no spec that is known.
+    """
+    plan = Plan()
+    for _, body in bodies(model):
+        plan = plan.merge(read_plan(body))
+    for node in model.graph.nodes:
+        annotation = node.meta.get(Q_ANNOTATION_KEY)
+        if annotation is not None:
+            _read_inputs(plan, node, annotation)
+            _read_output(plan, node, annotation)
+    plan.decisions.update(decisions_of(model.graph.nodes))
+    return plan
+
+
+def _read_inputs(plan: Plan, node: Node, annotation: Any) -> None:
+    if not getattr(annotation, "allow_implicit_sharing", True):
+        plan.unshared.add(node)
+    wanted = getattr(annotation, "input_qspec_map", None) or {}
+    for source, spec in wanted.items():
+        require_node(source, describe(node))
+        sites = [site for site, read in reads(node) if read is source]
+        if not sites:
+            what = f"its annotation names the input {source.name}, which it does not read"
+            remedy = f"It reads {', '.join(n.name for n in node.all_input_nodes) or 'nothing'}."
+            raise AnnotationError(what, where=describe(node), remedy=remedy)
+        if spec is not None:
+            plan.specs.update(dict.fromkeys(sites, read_spec(spec, node)))
+
+
+def _read_output(plan: Plan, node: Node, annotation: Any) -> None:
+    spec = getattr(annotation, "output_qspec", None)
+    if spec is None:
+        return
+    if "val" in node.meta and not is_tensor_value(node.meta["val"]):
+        what = "its output is annotated, but it returns no single tensor"
+        raise AnnotationError(what, where=describe(node), remedy="Annotate the getitem nodes that take it apart.")
+    plan.specs[Site(node)] = read_spec(spec, node)
+
+
+def read_spec(spec: Any, node: Node) -> QuantizationSpecBase:
+    """Returns a spec of any package as one of our four kinds, told apart by its attributes.
+
+    Raises:
+        AnnotationError: it is none of them.
+    """
+    if isinstance(spec, QuantizationSpecBase):
+        return spec
+    if hasattr(spec, "edge_or_node"):
+        return SharedQuantizationSpec(spec.edge_or_node)
+    if hasattr(spec, "derive_qparams_fn"):
+        return DerivedQuantizationSpec(**_fields(spec, DerivedQuantizationSpec))
+    if hasattr(spec, "observer_or_fake_quant_ctr"):
+        return QuantizationSpec(**_fields(spec, QuantizationSpec))
+    if hasattr(spec, "scale") and hasattr(spec, "zero_point"):
+        return FixedQParamsQuantizationSpec(**_fields(spec, FixedQParamsQuantizationSpec))
+    what = f"{type(spec).__name__} is no quantization spec"
+    remedy = "A spec has edge_or_node, derive_qparams_fn, observer_or_fake_quant_ctr, or scale and zero_point."
+    raise AnnotationError(what, where=describe(node), remedy=remedy)
+
+
+def _fields(spec: Any, kind: type[Any]) -> dict[str, Any]:
+    return {name: getattr(spec, name) for name in kind.__dataclass_fields__ if hasattr(spec, name)}

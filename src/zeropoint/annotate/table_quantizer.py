@@ -1,0 +1,101 @@
+"""A quantizer made of a backend's table and the user's rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch.fx import GraphModule, Node
+
+from zeropoint.annotate.match import annotate_by_table
+from zeropoint.annotate.patterns import Table
+from zeropoint.annotate.plan import DECISION_KEY
+from zeropoint.annotate.quantizer import Quantizer
+from zeropoint.annotate.rules import Choice, Rules, type_name
+from zeropoint.core.configs import QuantizationConfig
+from zeropoint.core.errors import NothingQuantizedError, RuleError
+from zeropoint.core.policy import BackendPolicy
+from zeropoint.graph.graph_pass import bodies
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11
+
+
+class TableQuantizer(Quantizer):
+    """Annotates by ``table``, where the user's rules say so. Every ``set_`` method returns the quantizer.
+
+    Precedence: module name, module type, operator type, global; the innermost module wins, and None leaves float.
+    A rule that matches no node of the model is an error, raised by ``validate``.
+    """
+
+    table: Table
+    policy: BackendPolicy
+
+    def __init__(self) -> None:
+        self.rules = Rules()
+
+    def set_global(self, quantization_config: QuantizationConfig) -> Self:
+        """Sets the configuration of every node that no other rule selects."""
+        self.rules.everything = _checked(quantization_config, "set_global")
+        return self
+
+    def set_module_name(self, module_name: str, quantization_config: Choice) -> Self:
+        """Sets the configuration of a module and all in it, by its path; ``*`` and ``?`` match as in file names."""
+        self.rules.by_module_name[module_name] = _checked(quantization_config, "set_module_name")
+        return self
+
+    def set_module_type(self, module_type: type | str, quantization_config: Choice) -> Self:
+        """Sets the configuration of the modules of a class, and all in them."""
+        self.rules.by_module_type[type_name(module_type)] = _checked(quantization_config, "set_module_type")
+        return self
+
+    def set_operator_type(self, operator_type: Any, quantization_config: Choice) -> Self:
+        """Sets the configuration of an operator, e.g. ``torch.ops.aten.add.Tensor``."""
+        self.rules.by_operator[operator_type] = _checked(quantization_config, "set_operator_type")
+        return self
+
+    def set_filter_function(self, filter_function: Callable[[Node], bool]) -> Self:
+        """Leaves float every node for which the function returns False."""
+        self.rules.filter_function = filter_function
+        return self
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Annotates the nodes that rows and rules select; every other node gets the reason why not."""
+        annotate_by_table(model, self.table, self.rules)
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        """Checks that every rule matched and that something is quantized.
+
+        Raises:
+            RuleError: a rule matches nothing.
+            NothingQuantizedError: no node is quantized; the message gives the reasons.
+        """
+        self.rules.check_all_match(model)
+        reasons = list(dict.fromkeys(_refusals(model)))
+        if reasons and not _any_quantized(model):
+            some = "; ".join(reasons[:6])
+            remedy = "Call set_global(config), or a rule that selects operators of the backend's table."
+            raise NothingQuantizedError(f"no node is quantized: {some}", where=type(self).__name__, remedy=remedy)
+
+
+def _checked(config: Any, where: str) -> Any:
+    if config is None and where != "set_global":
+        return None
+    if all(hasattr(config, name) for name in ("input_activation", "output_activation", "weight", "bias")):
+        return config
+    remedy = "Give a QuantizationConfig, e.g. get_symmetric_quantization_config()."
+    raise RuleError(f"{type(config).__name__} is no configuration", where=where, remedy=remedy)
+
+
+def _refusals(model: GraphModule) -> list[str]:
+    decisions = [node.meta[DECISION_KEY] for node in model.graph.nodes if DECISION_KEY in node.meta]
+    own = [f"{d.nodes[0].name}: {d.refusal}" for d in decisions if d.refusal is not None]
+    return own + [reason for _, body in bodies(model) for reason in _refusals(body)]
+
+
+def _any_quantized(model: GraphModule) -> bool:
+    decided = (node.meta.get(DECISION_KEY) for node in model.graph.nodes)
+    if any(decision is not None and decision.refusal is None for decision in decided):
+        return True
+    return any(_any_quantized(body) for _, body in bodies(model))

@@ -1,0 +1,208 @@
+"""``quantize``: from a model and data to a verified file, in one call."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from zeropoint.algorithms.correct_biases import channel_means, correct_biases
+from zeropoint.algorithms.equalize import equalize
+from zeropoint.annotate.quantizer import Quantizer
+from zeropoint.backends import xnnpack
+from zeropoint.calibration import CalibrationData
+from zeropoint.core.errors import NothingQuantizedError, SpecError
+from zeropoint.core.files import write_atomically
+from zeropoint.graph.capture import capture
+from zeropoint.numerics.sqnr import sqnr_db
+from zeropoint.passes.canonicalize import canonicalize
+from zeropoint.passes.fold_batch_norm import fold_batch_norm
+from zeropoint.report.coverage import CoverageRow, quantized_count
+from zeropoint.report.record import Record, record_of
+from zeropoint.report.speed import speed_note, work_of
+from zeropoint.report.stages import Stages
+from zeropoint.report.summary import bias_lines, coverage_lines, decibels, size_line
+from zeropoint.runtime.verify import verify as verify_file
+from zeropoint.workflow import convert_pt2e, prepare_pt2e
+
+COMPARED_BATCHES = 2
+"""Calibration batches on which file, converted and float model are compared."""
+ACCURACY = ("equalize", "correct_biases")
+"""What ``quantize`` does for accuracy unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """What ``quantize`` made. Printing it gives the summary.
+
+    Args:
+        model: the converted graph module, which runs in PyTorch.
+        pte: the bytes of the file.
+        record: coverage, sizes and biases.
+        delegates: pieces of the model that run on the backend; one is best.
+        outside: operators left outside of it, with how often.
+        float_sqnr_db: lowest SQNR of an output of the converted model against the float model, in dB.
+        runtime_sqnr_db: lowest SQNR of an output of the file against the converted model, in dB; None: not verified.
+        stages_s: seconds that each stage took.
+    """
+
+    model: GraphModule
+    pte: bytes
+    record: Record
+    delegates: int
+    outside: tuple[tuple[str, int], ...]
+    float_sqnr_db: float
+    runtime_sqnr_db: float | None
+    stages_s: dict[str, float]
+
+    @property
+    def coverage(self) -> tuple[CoverageRow, ...]:
+        """One row per compute node: integer, or float with the reason."""
+        return self.record.coverage
+
+    def speed_note(self) -> str:
+        """Returns why int8 may not be faster than float on this processor; empty where nothing speaks against it."""
+        return speed_note(work_of(self.model))
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the file, whole or not at all, and returns its path.
+
+        Raises:
+            FileError: it cannot be written there.
+        """
+        return write_atomically(path, self.pte)
+
+    def __str__(self) -> str:
+        left = ", ".join(f"{name} {count}" for name, count in self.outside) or "nothing"
+        file = "not verified" if self.runtime_sqnr_db is None else f"{decibels(self.runtime_sqnr_db)} on the runtime"
+        times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.stages_s.items())
+        speed = [f"speed     {note}"] if (note := self.speed_note()) else []
+        return "\n".join(
+            [
+                *coverage_lines(self.coverage),
+                *bias_lines(self.record.biases),
+                size_line(self.record.float_bytes, self.record.converted_bytes, "weights"),
+                f"file      {len(self.pte):,} bytes; {self.delegates} delegate(s); left outside: {left}",
+                f"outputs   against float {decibels(self.float_sqnr_db)}; file against converted model: {file}",
+                *speed,
+                f"stages    {times}",
+            ]
+        )
+
+
+def quantize(
+    model: nn.Module | ExportedProgram | GraphModule,
+    example_inputs: tuple[Any, ...],
+    calibration_data: Iterable[Any],
+    backend: Literal["xnnpack"] = "xnnpack",
+    *,
+    quantizer: Quantizer | None = None,
+    dynamic_shapes: Any = None,
+    accuracy: Sequence[Literal["equalize", "correct_biases"]] = ACCURACY,
+    verify: bool = True,
+    progress: bool | None = None,
+) -> QuantizedModel:
+    """Returns the model quantized to int8, as a converted graph and as a file that was run and compared.
+
+    Args:
+        model: a module, an exported program or its ``.module()``. A module is left as it was.
+        example_inputs: positional inputs; shapes and dtypes as in use.
+        calibration_data: batches, each a tuple of positional inputs or one tensor; real data, as in use.
+        backend: where the file will run.
+        quantizer: annotates the graph; by default the backend's, int8 with per-channel weights.
+        dynamic_shapes: as in ``torch.export.export``.
+        accuracy: what is done beyond rounding: ``"equalize"`` the channels of activations between two layers,
+            ``"correct_biases"`` for the shift that rounding gives to the mean of each channel. Both are exact in float.
+        verify: run the file in a child process and compare it with the converted model.
+        progress: write progress to standard error; by default when that is a terminal.
+
+    Raises:
+        CaptureError: the model cannot be exported.
+        CalibrationError: there is no data, or it does not fit the model.
+        NothingQuantizedError: no operator would be quantized.
+        VerificationError: the file computes something else; names the first operator that differs.
+        MissingExtraError: the backend's package is not installed.
+    """
+    _check_backend(backend)
+    _check_accuracy(accuracy)
+    stages = Stages(progress)
+    with stages.stage("export"):
+        float_model = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
+        data = CalibrationData(calibration_data, float_model)
+    with stages.stage("equalize"):
+        working, reference = _improve(float_model, data, accuracy)
+    with stages.stage("prepare"):
+        prepared = prepare_pt2e(working, quantizer if quantizer is not None else _default_quantizer())
+        _require_quantized(prepared)
+    with stages.stage("calibrate"), torch.no_grad():
+        for inputs in stages.count(data, "calibrate"):
+            prepared(*inputs)
+    with stages.stage("convert"):
+        converted = convert_pt2e(prepared)
+    with stages.stage("correct biases"):
+        correct_biases(converted, data.kept, reference)
+    with stages.stage("lower"):
+        lowered = xnnpack.lower_program(converted, example_inputs, dynamic_shapes=dynamic_shapes)
+    with stages.stage("verify"):
+        compared = data.kept[:COMPARED_BATCHES]
+        runtime_sqnr = verify_file(lowered.pte, converted, compared, xnnpack.lower).sqnr_db if verify else None
+        float_sqnr = min(_compare(float_model, converted, inputs) for inputs in compared)
+    return QuantizedModel(
+        converted, lowered.pte, record_of(converted), lowered.delegates, lowered.outside, float_sqnr, runtime_sqnr,
+        dict(stages.seconds),
+    )  # fmt: skip
+
+
+def _check_accuracy(accuracy: Sequence[str]) -> None:
+    unknown = [name for name in accuracy if name not in ACCURACY]
+    if unknown or isinstance(accuracy, str):
+        remedy = f"Give a tuple of {', '.join(repr(name) for name in ACCURACY)}; () for none."
+        raise SpecError(f"accuracy={accuracy!r} is unknown", where="quantize", remedy=remedy)
+
+
+def _improve(
+    float_model: GraphModule, data: CalibrationData, accuracy: Sequence[str]
+) -> tuple[GraphModule, dict[str, torch.Tensor]]:
+    """Returns a copy of the model to be quantized, and what bias correction will want of it."""
+    working = _copy(float_model)
+    canonicalize(working)
+    fold_batch_norm(working)
+    if "equalize" in accuracy:
+        equalize(working, data.kept)
+    return working, channel_means(working, data.kept) if "correct_biases" in accuracy else {}
+
+
+def _check_backend(backend: str) -> None:
+    if backend != "xnnpack":
+        raise SpecError(f"backend={backend!r} is unknown", where="quantize", remedy="Use one of: 'xnnpack'.")
+
+
+def _default_quantizer() -> Quantizer:
+    return xnnpack.XNNPACKQuantizer().set_global(xnnpack.get_default_quantization_config())
+
+
+def _copy(model: GraphModule) -> GraphModule:
+    """Returns the model with a graph of its own; its tensors are shared, and no stage writes to them."""
+    return GraphModule(model, copy.deepcopy(model.graph))
+
+
+def _require_quantized(prepared: GraphModule) -> None:
+    rows = record_of(prepared).coverage
+    if quantized_count(rows) == 0:
+        reasons = "; ".join(dict.fromkeys(f"{row.operator}: {row.reason}" for row in rows[:6]))
+        raise NothingQuantizedError(f"no operator is quantized: {reasons}", where="quantize")
+
+
+@torch.no_grad()
+def _compare(reference: GraphModule, model: GraphModule, inputs: tuple[Any, ...]) -> float:
+    pairs = zip(pytree.tree_leaves(reference(*inputs)), pytree.tree_leaves(model(*inputs)), strict=True)
+    return min(sqnr_db(expected, actual) for expected, actual in pairs if isinstance(expected, torch.Tensor))

@@ -1,0 +1,1 @@
+"""What is true of each backend: its table of operators, its configurations, its lowering."""

@@ -1,0 +1,188 @@
+"""Conditions of the rows: each returns None when it holds, else the reason for refusing, with the value at fault.
+
+"G:" and "N:" name lines of executorch 1.4.1's ``partition/config/gemm_configs.py`` and ``generic_node_configs.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from zeropoint.annotate.patterns import Match
+from zeropoint.core.specs import PER_CHANNEL
+from zeropoint.graph.bind import argument
+from zeropoint.graph.chains import ancestors
+from zeropoint.graph.constants import evaluate
+
+aten = torch.ops.aten
+TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
+MAX_DIMENSIONS = 6
+"""XNN_MAX_TENSOR_DIMS: more fail to load."""
+
+
+def _shape(match: Match, name: str = "self") -> torch.Size:
+    return match.argument(name).meta["val"].shape
+
+
+def _is_static(shape: torch.Size) -> bool:
+    return all(isinstance(size, int) for size in shape)
+
+
+def weight_is_constant(match: Match) -> str | None:
+    """The delegate packs weights when the file is made."""
+    weight = match.argument("weight")
+    return None if match.is_constant(weight) else f"its weight {weight.name} is computed at run time"
+
+
+def bias_is_constant(match: Match) -> str | None:
+    """The delegate quantizes the bias when the file is made."""
+    bias = match.argument("bias")
+    if bias is None or bias.op == "get_attr":
+        return None
+    return f"its bias {bias.name} is not a parameter but computed"
+
+
+def has_a_batch(match: Match) -> str | None:
+    """Convolutions of one picture without a batch axis are left outside."""
+    dimensions, wanted = len(_shape(match, "input")), len(_shape(match, "weight"))
+    return None if dimensions == wanted else f"its input has {dimensions} dimensions, no batch; the kernel has {wanted}"
+
+
+def one_group_or_per_tensor(match: Match) -> str | None:
+    """Per-channel scales of a transposed convolution lie along axis 1, which groups would split (G:394)."""
+    groups, weight = match.argument("groups"), match.config.weight
+    if groups == 1 or weight is None or weight.qscheme not in PER_CHANNEL:
+        return None
+    return f"groups={groups}; per-channel weights of a transposed convolution have a kernel for groups=1 only"
+
+
+def per_channel(match: Match) -> str | None:
+    """Dynamic kernels have per-channel weights."""
+    weight = match.config.weight
+    if weight is not None and weight.qscheme in PER_CHANNEL:
+        return None
+    return "activations quantized at run time have a kernel for per-channel weights only"
+
+
+def two_dimensional(match: Match) -> str | None:
+    """Dynamic convolutions are 2d."""
+    count = len(_shape(match, "weight")) - 2
+    return None if count == 2 else f"{count}d; convolution of activations quantized at run time has a 2d kernel only"
+
+
+def not_depthwise(match: Match) -> str | None:
+    """Dynamic convolutions are not depthwise."""
+    groups = match.argument("groups")
+    if groups == 1 or _shape(match, "weight")[1] > 1:
+        return None
+    return f"groups={groups}, depthwise; activations quantized at run time have no such kernel"
+
+
+def alpha_is_one(match: Match) -> str | None:
+    """The kernels add without a factor (N:143)."""
+    alpha = match.argument("alpha")
+    return None if alpha == 1 else f"alpha={alpha}; the kernel has alpha=1 only"
+
+
+def both_are_tensors(match: Match) -> str | None:
+    """A number, or a single value of a running model, has no scale of its own."""
+    for name in ("self", "other"):
+        operand = match.argument(name)
+        if not isinstance(operand, Node):
+            return f"{name}={operand} is a number, not a tensor"
+        if operand.meta["val"].dim() == 0 and not match.is_constant(operand):
+            return f"{operand.name} has no dimensions; the kernel needs at least one"
+    return None
+
+
+def not_a_mask(match: Match) -> str | None:
+    """Values made of integers and booleans only are positions or masks: their range says nothing about data."""
+    for name in ("self", "other"):
+        operand = match.argument(name)
+        if not match.is_constant(operand) and _is_made_of_integers(operand):
+            return f"{operand.name} is computed from integers or booleans only: a mask or a position, not data"
+        if match.is_constant(operand) and _is_out_of_range(match, operand):
+            return f"{operand.name} holds infinite or huge values: a mask, not data"
+    return None
+
+
+def _is_made_of_integers(node: Node) -> bool:
+    sources = [n for n in ({node} | ancestors(node)) if n.op in ("placeholder", "get_attr")]
+    values = [n.meta.get("val") for n in sources]
+    return bool(values) and not any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values)
+
+
+def _is_out_of_range(match: Match, node: Node) -> bool:
+    value = evaluate(match.context.model, node)
+    return not bool((value.abs() < 1e15).all())
+
+
+def two_different_tensors(match: Match) -> str | None:
+    """Concatenating one tensor, or one with itself, is not delegated."""
+    count = len(set(match.argument("tensors")))
+    return None if count >= 2 else "it concatenates one tensor; the kernel takes two different ones and more"
+
+
+def pool_has_a_kernel(match: Match) -> str | None:
+    """Pooling of pictures in a batch, with stride not above the kernel (N:357, N:363)."""
+    if len(_shape(match)) != 4:
+        return f"its input has {len(_shape(match))} dimensions; the kernel takes 4"
+    kernel = match.argument("kernel_size")
+    stride = match.argument("stride") or kernel
+    if any(s > k for s, k in zip(_pair(stride), _pair(kernel), strict=True)):
+        return f"stride={list(stride)} is larger than kernel_size={list(kernel)}"
+    if match.argument("ceil_mode") and not _is_static(_shape(match)):
+        return "ceil_mode=True with a free size has no kernel"
+    return None
+
+
+def _pair(values: list[int]) -> tuple[int, int]:
+    return (values[0], values[-1])
+
+
+def mean_of_each_picture(match: Match) -> str | None:
+    """The only mean with a kernel is a global average pool."""
+    shape, dims = _shape(match), match.argument("dim")
+    if len(shape) != 4 or dims is None or {d % 4 for d in dims} != {2, 3}:
+        return f"dim={dims} of {len(shape)} dimensions; the kernel averages dim=(2, 3) of 4"
+    return None if match.argument("keepdim") else "keepdim=False; the kernel has keepdim=True only"
+
+
+def output_is_one_pixel(match: Match) -> str | None:
+    """Adaptive pooling has a kernel as a global average."""
+    size, dimensions = match.argument("output_size"), len(_shape(match))
+    if dimensions != 4:
+        return f"its input has {dimensions} dimensions; the kernel takes 4"
+    return None if list(size) == [1, 1] else f"output_size={list(size)}; the kernel has [1, 1] only"
+
+
+def at_most_six_dimensions(match: Match) -> str | None:
+    """XNNPACK's tensors have six dimensions, and sizes that are known but for one."""
+    value = match.head.meta["val"]
+    if value.dim() > MAX_DIMENSIONS:
+        return f"its output has {value.dim()} dimensions; the delegate takes {MAX_DIMENSIONS}"
+    free = sum(not isinstance(size, int) for size in value.shape)
+    if free > 1:
+        return f"{free} of its sizes are free; the delegate takes one"
+    return None
+
+
+def slice_has_a_kernel(match: Match) -> str | None:
+    """Slices are dense and of known sizes (N:645)."""
+    step = match.argument("step")
+    if step not in (None, 1):
+        return f"step={step}; the kernel has step=1 only"
+    return None if _is_static(_shape(match)) else "its input has a free size; the kernel slices known sizes only"
+
+
+def pads_space_with_zero(node: Node) -> bool:
+    """True for padding that a convolution can take along: zeros, along space, no cropping (G:420)."""
+    amounts = list(argument(node, "pad"))
+    mode = argument(node, "mode")
+    dimensions = node.meta["val"].dim()
+    return (
+        mode in (None, "constant")
+        and argument(node, "value") in (None, 0, 0.0)
+        and all(isinstance(amount, int) and amount >= 0 for amount in amounts)
+        and len(amounts) <= 2 * (dimensions - 2)
+    )

@@ -1,0 +1,106 @@
+"""Configurations that the XNNPACK delegate can run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from zeropoint.core.configs import QuantizationConfig
+from zeropoint.core.policy import BackendPolicy
+from zeropoint.core.specs import QuantizationSpec
+from zeropoint.numerics.fake_quantize import FakeQuantize, FusedMovingAvgObsFakeQuantize
+from zeropoint.numerics.observers import (
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    PerChannelMinMaxObserver,
+    PlaceholderObserver,
+)
+
+EPS = 2**-12
+"""Smallest scale; that of ExecuTorch's own quantizer for this delegate."""
+
+POLICY = BackendPolicy(name="xnnpack", bias="float on the int32 grid")
+
+
+def get_symmetric_quantization_config(
+    is_per_channel: bool = False,
+    is_qat: bool = False,
+    is_dynamic: bool = False,
+    act_qmin: int = -128,
+    act_qmax: int = 127,
+    weight_qmin: int = -127,
+    weight_qmax: int = 127,
+) -> QuantizationConfig:
+    """Returns int8 activations (affine, per tensor) and int8 weights (symmetric).
+
+    Args:
+        is_per_channel: one weight scale per output channel.
+        is_qat: fake quantizers in place of observers.
+        is_dynamic: activations get their scale at run time.
+        act_qmin, act_qmax: range of activations. The delegate saturates at -128 and 127 whatever the graph says, so
+            ``lower`` refuses any other.
+        weight_qmin, weight_qmax: range of weights; -8 and 7 for 4-bit weights.
+
+    Raises:
+        SpecError: a range is empty or does not fit int8.
+    """
+    activation = QuantizationSpec(
+        dtype=torch.int8,
+        observer_or_fake_quant_ctr=_activation_observer(is_qat, is_dynamic),
+        quant_min=act_qmin,
+        quant_max=act_qmax,
+        qscheme=torch.per_tensor_affine,
+        is_dynamic=is_dynamic,
+    )
+    weight = QuantizationSpec(
+        dtype=torch.int8,
+        observer_or_fake_quant_ctr=_weight_observer(is_per_channel, is_qat),
+        quant_min=weight_qmin,
+        quant_max=weight_qmax,
+        qscheme=torch.per_channel_symmetric if is_per_channel else torch.per_tensor_symmetric,
+        ch_axis=0,
+    )
+    return QuantizationConfig(activation, None if is_dynamic else activation, weight, None, is_qat)
+
+
+def get_default_quantization_config() -> QuantizationConfig:
+    """Returns what ``quantize`` uses: int8, per-channel weights, activations by their smallest and largest value.
+
+    Histogram ranges clip; the error of clipping is alike in neighbouring values, so it costs more than the finer
+    rounding gains: on waifu2x super-resolution 1.1 dB are lost with histograms, 0.8 dB with min-max, and 0.4 dB once
+    channels are equalized, which histograms defeat. Ranges are those of the calibration data, so give real data.
+    """
+    config = get_symmetric_quantization_config(is_per_channel=True)
+    constructor = MinMaxObserver.with_args(eps=EPS)
+    assert config.input_activation is not None
+    activation = replace(config.input_activation, observer_or_fake_quant_ctr=constructor)
+    return replace(config, input_activation=activation, output_activation=activation)
+
+
+def _activation_observer(is_qat: bool, is_dynamic: bool) -> Any:
+    match is_qat, is_dynamic:
+        case True, True:
+            moving = MovingAverageMinMaxObserver.with_args(averaging_constant=1)
+            return FakeQuantize.with_args(observer=moving, eps=EPS)
+        case True, False:
+            return FusedMovingAvgObsFakeQuantize.with_args(observer=MovingAverageMinMaxObserver, eps=EPS)
+        case False, True:
+            return PlaceholderObserver.with_args(eps=EPS)
+        case _:
+            return HistogramObserver.with_args(eps=EPS)
+
+
+def _weight_observer(is_per_channel: bool, is_qat: bool) -> Any:
+    match is_qat, is_per_channel:
+        case True, True:
+            return FusedMovingAvgObsFakeQuantize.with_args(observer=MovingAveragePerChannelMinMaxObserver, eps=EPS)
+        case True, False:
+            return FusedMovingAvgObsFakeQuantize.with_args(observer=MovingAverageMinMaxObserver, eps=EPS)
+        case False, True:
+            return PerChannelMinMaxObserver.with_args(eps=EPS)
+        case _:
+            return MinMaxObserver.with_args(eps=EPS)

@@ -1,0 +1,133 @@
+"""From a converted graph to a ``.pte`` file that runs on the XNNPACK delegate."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from zeropoint.backends.xnnpack.sound import GEMMS, check_sound
+from zeropoint.backends.xnnpack.transform import TO_LOWER, erase_no_ops, spell
+from zeropoint.core.errors import LoweringError
+from zeropoint.core.extras import import_extra
+from zeropoint.graph.attributes import Names, get_attribute
+from zeropoint.graph.bind import argument, set_argument
+from zeropoint.graph.capture import capture, require_exported
+from zeropoint.numerics import ops
+
+NAME = "xnnpack"
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredProgram:
+    """A ``.pte`` file in memory.
+
+    Args:
+        pte: the bytes of the file.
+        delegates: how many pieces run on the delegate; one is best.
+        outside: the operators left outside of it, by name, with how often.
+    """
+
+    pte: bytes
+    delegates: int
+    outside: tuple[tuple[str, int], ...]
+
+
+def lower(converted: GraphModule, example_inputs: tuple[Any, ...], *, dynamic_shapes: Any = None) -> bytes:
+    """Returns the ``.pte`` file of a converted model.
+
+    Args:
+        converted: what ``convert_pt2e`` returned. It is not changed.
+        example_inputs: positional inputs; their shapes are those of the file unless ``dynamic_shapes`` frees them.
+        dynamic_shapes: as in ``torch.export.export``.
+
+    Raises:
+        LoweringError: the delegate would compute an operator of the graph wrongly; names each.
+        MissingExtraError: executorch is not installed.
+    """
+    return lower_program(converted, example_inputs, dynamic_shapes=dynamic_shapes).pte
+
+
+def lower_program(
+    converted: GraphModule, example_inputs: tuple[Any, ...], *, dynamic_shapes: Any = None
+) -> LoweredProgram:
+    """Returns what ``lower`` returns, with what became of its operators. Same arguments and errors."""
+    model = copy.deepcopy(require_exported(converted))
+    _check_made_for(model)
+    erase_no_ops(model)
+    check_sound(model)
+    give_each_layer_its_bias(model)
+    give_each_reader_its_dequantize(model)
+    return _lower(model, example_inputs, dynamic_shapes)
+
+
+def lower_float(model: nn.Module, example_inputs: tuple[Any, ...], *, dynamic_shapes: Any = None) -> LoweredProgram:
+    """Returns the ``.pte`` file of a model as it is, in float: what a quantized one is compared with."""
+    captured = copy.deepcopy(capture(model, example_inputs, dynamic_shapes=dynamic_shapes))
+    return _lower(captured, example_inputs, dynamic_shapes)
+
+
+def _check_made_for(model: GraphModule) -> None:
+    policy = getattr(model.meta.get("zeropoint"), "policy", None)
+    if policy is not None and policy.name != NAME:
+        what = f"the graph was annotated for the backend {policy.name!r}"
+        raise LoweringError(what, where="xnnpack.lower", remedy="Annotate it with XNNPACKQuantizer.")
+
+
+def give_each_layer_its_bias(model: GraphModule) -> None:
+    """Clones a bias that several layers read: the delegate would quantize it once, with the first one's scale."""
+    names = Names(model)
+    seen: set[str] = set()
+    for node in list(model.graph.nodes):
+        bias = argument(node, "bias") if node.target in GEMMS else None
+        if not isinstance(bias, Node) or bias.op != "get_attr":
+            continue
+        path = str(bias.target)
+        if path in seen:
+            own = names.new(f"{path.replace('.', '_')}_")
+            model.register_parameter(own, nn.Parameter(get_attribute(model, path).detach().clone()))
+            with node.graph.inserting_before(node):
+                read = node.graph.get_attr(own)
+            read.meta = dict(bias.meta)
+            set_argument(node, "bias", read)
+        seen.add(path)
+
+
+def give_each_reader_its_dequantize(model: GraphModule) -> None:
+    """Clones what several operators read dequantized: a float reader beside an int8 one makes the file fail to load."""
+    for node in [n for n in model.graph.nodes if n.target in ops.DEQUANTIZE_OPS]:
+        for reader in list(node.users)[1:]:
+            with node.graph.inserting_after(node):
+                own = node.graph.node_copy(node)
+            reader.replace_input_with(node, own)
+
+
+def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> LoweredProgram:
+    exir = import_extra("executorch.exir", "executorch")
+    partition = import_extra("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
+    configs = import_extra("executorch.backends.xnnpack.utils.configs", "executorch")
+    import_extra("executorch.kernels.quantized", "executorch")
+    spell(model, TO_LOWER)
+    model.recompile()
+    with torch.no_grad():
+        exported = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    edge = exir.to_edge_transform_and_lower(
+        exported, partitioner=[partition.XnnpackPartitioner()], transform_passes=configs.get_transform_passes()
+    )
+    delegates, outside = _whereabouts(edge.exported_program())
+    return LoweredProgram(bytes(edge.to_executorch().buffer), delegates, outside)
+
+
+def _whereabouts(program: ExportedProgram) -> tuple[int, tuple[tuple[str, int], ...]]:
+    """Returns the number of delegate calls, and the operators that stand next to them."""
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    names = [str(getattr(node.target, "__name__", node.target)) for node in calls]
+    delegated = sum("executorch_call_delegate" in name for name in names)
+    outside = Counter(n for n in names if "executorch_call_delegate" not in n and n != "getitem")
+    return delegated, tuple(sorted(outside.items()))

@@ -1,0 +1,244 @@
+"""The q/dq forms that the delegate computes rightly. It accepts more, and computes garbage without a word.
+
+Source: each form was lowered and run with executorch 1.4.1, compared with the graph (tests/backends/test_sound.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from zeropoint.core.errors import LoweringError
+from zeropoint.graph.attributes import get_attribute
+from zeropoint.graph.bind import argument, reads
+from zeropoint.graph.chains import sole_reader
+from zeropoint.graph.source import describe
+from zeropoint.numerics import ops
+
+aten = torch.ops.aten
+
+CONV3D = (aten.conv3d.default, aten.conv3d.padding, aten.conv_transpose3d.input)
+TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
+PLAIN = (
+    aten.linear.default, aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding,
+)  # fmt: skip
+GEMMS = (*PLAIN, *TRANSPOSED, *CONV3D)
+FUSED = (aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default)
+SAME_SCALE = (
+    aten.max_pool2d.default, aten.cat.default, aten.slice.Tensor, aten.permute.default, aten.transpose.int,
+    aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unsqueeze.default,
+)  # fmt: skip
+PADS = (aten.pad.default, aten.constant_pad_nd.default)
+MAX_RESCALING = 256
+STATIC_Q, STATIC_DQ = ops.QUANTIZE_PER_TENSOR, ops.DEQUANTIZE_PER_TENSOR
+WEIGHT_DQ = (STATIC_DQ, ops.DEQUANTIZE_PER_CHANNEL)
+
+
+@dataclass(frozen=True, slots=True)
+class Unsound:
+    """A node that the delegate would compute wrongly, or not at all."""
+
+    node: Node
+    what: str
+    remedy: str
+
+
+Rule = Callable[[GraphModule, Node], "tuple[str, str] | None"]
+
+
+def _has_quantized_weight(node: Node) -> bool:
+    return node.target in GEMMS and argument(node, "weight").target in WEIGHT_DQ
+
+
+def _input_of(node: Node) -> Node:
+    """Returns what a layer reads, past the padding that is computed with it."""
+    source = argument(node, "input")
+    return source.args[0] if source.target in PADS and sole_reader(source) is node else source
+
+
+def _scale(node: Node) -> float:
+    """Returns the scale of a static quantize or dequantize per tensor."""
+    scale = node.args[1]
+    assert isinstance(scale, float)
+    return scale
+
+
+def _is_static_gemm(node: Node) -> bool:
+    return _has_quantized_weight(node) and _input_of(node).target is STATIC_DQ
+
+
+def _output_quantize(node: Node) -> Node | None:
+    """Returns the quantize after a layer and what is fused into it, where it is the only reader."""
+    reader = sole_reader(node)
+    if reader is not None and reader.target in FUSED:
+        reader = sole_reader(reader)
+    return reader if reader is not None and reader.target is STATIC_Q else None
+
+
+def activations_are_int8(model: GraphModule, node: Node) -> tuple[str, str] | None:
+    """Activations are computed as int8 of the whole range, whatever the graph says."""
+    del model
+    if node.target is not STATIC_Q:
+        return None
+    low, high, dtype = node.args[3:6]
+    if (low, high, dtype) == (-128, 127, torch.int8):
+        return None
+    return f"it quantizes to {dtype} in [{low}, {high}]", "Quantize activations to int8 in [-128, 127]."
+
+
+def output_is_quantized(model: GraphModule, node: Node) -> tuple[str, str] | None:
+    """A static matrix product without an output quantizer returns its bias."""
+    del model
+    if not _is_static_gemm(node):
+        return None
+    if _output_quantize(node) is not None:
+        return None
+    read_by = ", ".join(user.name for user in node.users)
+    what = f"its input and weight are quantized, but its output is read in float by {read_by}"
+    return what, "Annotate its output, as the only reader of it."
+
+
+def weight_is_symmetric(model: GraphModule, node: Node) -> tuple[str, str] | None:
+    """Zero points of weights are ignored."""
+    if not _has_quantized_weight(node):
+        return None
+    dequantize = argument(node, "weight")
+    zero_point = dequantize.args[2]
+    largest = abs(zero_point) if isinstance(zero_point, int) else _largest(model, zero_point)
+    return (f"its weight has zero_point {largest}", "Use a symmetric qscheme for weights.") if largest else None
+
+
+def _largest(model: GraphModule, node: Any) -> int:
+    return int(get_attribute(model, str(node.target)).abs().max()) if isinstance(node, Node) else 0
+
+
+def weight_is_stored(model: GraphModule, node: Node) -> tuple[str, str] | None:
+    """A weight that is quantized at run time aborts the process."""
+    del model
+    if not _has_quantized_weight(node):
+        return None
+    stored = argument(node, "weight").args[0]
+    if isinstance(stored, Node) and stored.op == "get_attr":
+        return None
+    return "its weight is quantized at run time", "Convert with fold_quantize=True; the weight must be a parameter."
+
+
+def channel_axis_has_a_kernel(model: GraphModule, node: Node) -> tuple[str, str] | None:
+    """Per-channel axis: 0, and 1 for transposed convolutions of one group."""
+    del model
+    if node.target not in GEMMS or argument(node, "weight").target is not ops.DEQUANTIZE_PER_CHANNEL:
+        return None
+    axis, wanted = argument(node, "weight").args[3], 1 if node.target in TRANSPOSED else 0
+    if axis != wanted:
+        return f"its weight has a scale for each index of axis {axis}", f"Use ch_axis={wanted}."
+    groups = argument(node, "groups", 1)
+    if node.target in TRANSPOSED and groups != 1:
+        return f"groups={groups} with per-channel weights", "Use per-tensor weights for this layer."
+    return None
+
+
+def bias_is_float(model: GraphModule, node: Node) -> tuple[str, str] | None:
+    """The delegate quantizes the bias itself."""
+    del model
+    if not _is_static_gemm(node):
+        return None
+    bias = argument(node, "bias")
+    if bias is None or bias.op == "get_attr":
+        return None
+    return f"its bias comes from {bias.name}, not from a float parameter", "Leave the bias float (bias spec None)."
+
+
+def input_is_quantized(model: GraphModule, node: Node) -> tuple[str, str] | None:
+    """A layer with quantized weight and output, but something in float between its dequantize and itself."""
+    del model
+    if not _has_quantized_weight(node) or _output_quantize(node) is None:
+        return None
+    source = _input_of(node)
+    if source.target in ops.DEQUANTIZE_OPS:
+        return None
+    return f"its weight and output are quantized, but its input {source.name} is float", "Annotate its input."
+
+
+def rescaling_is_below_256(model: GraphModule, node: Node) -> tuple[str, str] | None:
+    """A file whose ``s_x * s_w / s_y`` reaches 256 in any channel fails to load."""
+    if not _is_static_gemm(node) or (quantize := _output_quantize(node)) is None:
+        return None
+    scale = argument(node, "weight").args[1]
+    largest = float(get_attribute(model, str(scale.target)).max()) if isinstance(scale, Node) else scale
+    ratio = _scale(_input_of(node)) * largest / _scale(quantize)
+    if ratio < MAX_RESCALING:
+        return None
+    what = f"input scale * weight scale / output scale is {ratio:.3g}; the kernel takes less than {MAX_RESCALING}"
+    return what, "Its output is nearly constant: leave it float, or calibrate with more varied data."
+
+
+def bias_fits_int32(model: GraphModule, node: Node) -> tuple[str, str] | None:
+    """The delegate keeps the bias as int32 of scale ``s_x * s_w``."""
+    bias = argument(node, "bias") if _is_static_gemm(node) else None
+    if bias is None or bias.op != "get_attr":
+        return None
+    scale = argument(node, "weight").args[1]
+    smallest = float(get_attribute(model, str(scale.target)).min()) if isinstance(scale, Node) else scale
+    steps = float(get_attribute(model, str(bias.target)).abs().max()) / (_scale(_input_of(node)) * smallest)
+    if steps < 2**31:
+        return None
+    return f"its bias is {steps:.3g} steps of s_x * s_w; int32 holds 2^31", "Leave the layer float."
+
+
+def has_a_kernel(model: GraphModule, node: Node) -> tuple[str, str] | None:
+    """Three-dimensional convolutions have none."""
+    del model
+    if node.target in CONV3D and any(source.target in WEIGHT_DQ for _, source in reads(node)):
+        return "it is quantized, but the delegate has no three-dimensional convolution", "Leave it float."
+    return None
+
+
+def scales_are_equal(model: GraphModule, node: Node) -> tuple[str, str] | None:
+    """Operators that move data keep the integers as they are."""
+    del model
+    reader = sole_reader(node)
+    if node.target not in SAME_SCALE or reader is None or reader.target is not STATIC_Q:
+        return None
+    for _, source in reads(node):
+        if source.target is STATIC_DQ and source.args[1:5] != reader.args[1:5]:
+            what = f"its input {source.name} and its output have different scales or zero points"
+            return what, "Share the scale: SharedQuantizationSpec."
+    return None
+
+
+RULES: tuple[Rule, ...] = (
+    has_a_kernel, activations_are_int8, output_is_quantized, input_is_quantized, weight_is_stored,
+    weight_is_symmetric, channel_axis_has_a_kernel, bias_is_float, bias_fits_int32, rescaling_is_below_256,
+    scales_are_equal,
+)  # fmt: skip
+
+
+def unsound(model: GraphModule) -> Iterator[Unsound]:
+    """Yields every node that breaks a rule, with the first rule that it breaks."""
+    for node in model.graph.nodes:
+        if node.op != "call_function":
+            continue
+        for rule in RULES:
+            found = rule(model, node)
+            if found is not None:
+                yield Unsound(node, *found)
+                break
+
+
+def check_sound(model: GraphModule) -> None:
+    """Raises when the delegate would compute a node wrongly.
+
+    Raises:
+        LoweringError: names each such node, what is wrong with it and what to do.
+    """
+    found = list(unsound(model))
+    if not found:
+        return
+    lines = [f"{describe(each.node)}: {each.what}. {each.remedy}" for each in found[:20]]
+    more = [f"... and {len(found) - 20} more"] if len(found) > 20 else []
+    what = f"XNNPACK would not compute {len(found)} operator(s) of this graph rightly:\n  " + "\n  ".join(lines + more)
+    raise LoweringError(what, where="xnnpack.lower")

@@ -1,0 +1,190 @@
+"""Spell operators in the way that the XNNPACK delegate takes; values stay the same.
+
+Used before annotation, so that more operators are computed in int8, and before lowering a graph of any origin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from zeropoint.graph.attributes import Names
+from zeropoint.graph.bind import argument, set_argument
+from zeropoint.graph.constants import constant_nodes
+from zeropoint.graph.emit import Emitter
+
+aten = torch.ops.aten
+PASS = "xnnpack.transform"
+
+
+def erase_no_ops(model: GraphModule) -> None:
+    """Removes dropout in eval mode, clones and detaches: one between an operator and its q breaks the pattern."""
+    for node in list(model.graph.nodes):
+        if _is_no_op(node):
+            node.replace_all_uses_with(node.args[0])
+            model.graph.erase_node(node)
+
+
+def _is_no_op(node: Node) -> bool:
+    if node.target in (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default):
+        return not argument(node, "train")
+    if node.target is aten.clone.default:
+        return argument(node, "memory_format") is None
+    return node.target in (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
+
+
+def spell(model: GraphModule, spellings: Spellings) -> None:
+    """Rewrites each float32 operator by the table: ``TO_ANNOTATE``, or ``TO_LOWER`` once q and dq are in place."""
+    constants = constant_nodes(model)
+    names = Names(model)
+    for node in list(model.graph.nodes):
+        rewrite = spellings.get(node.target) if node.op == "call_function" and _is_float(node) else None
+        if rewrite is not None:
+            rewrite(_Place(model, node, constants, names))
+    model.graph.eliminate_dead_code()
+
+
+def _is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
+
+
+class _Place:
+    """A node to be rewritten, with what rewriting needs."""
+
+    def __init__(self, model: GraphModule, node: Node, constants: set[Node], names: Names) -> None:
+        self.model, self.node, self.constants, self.names = model, node, constants, names
+        self.emit = Emitter(node, PASS)
+
+    def argument(self, name: str) -> Any:
+        return argument(self.node, name)
+
+    def replace(self, new: Node) -> None:
+        self.node.replace_all_uses_with(new)
+        self.model.graph.erase_node(self.node)
+
+    def constant(self, value: float) -> Node:
+        """Returns the node of a new buffer that holds one number."""
+        path = self.names.new("_tensor_constant_")
+        self.model.register_buffer(path, torch.tensor(float(value)))
+        with self.model.graph.inserting_before(self.node):
+            read = self.model.graph.get_attr(path)
+        read.meta["val"] = self.node.meta["val"].new_empty(())
+        self.constants.add(read)
+        return read
+
+
+Spellings = dict[Any, Callable[[_Place], None]]
+"""How an operator is rewritten, for each that is."""
+
+
+def _number_to_buffer(place: _Place) -> None:
+    """``x + 2`` becomes ``x + buffer``: a tensor can be quantized, a number cannot."""
+    other = place.argument("other")
+    if isinstance(other, (int, float)) and abs(other) < 1e15:
+        set_argument(place.node, "other", place.constant(other))
+
+
+def _reversed_subtraction(place: _Place) -> None:
+    """``2 - x`` is ``sub(2, x)``."""
+    if place.argument("alpha") != 1:
+        return
+    other = place.argument("other")
+    minuend = other if isinstance(other, Node) else place.constant(other)
+    place.replace(place.emit.call(aten.sub.Tensor, minuend, place.argument("self")))
+
+
+def _clamp_to_hardtanh(place: _Place) -> None:
+    """A clamp at both ends is a hardtanh and one at 0 a relu, which the delegate fuses."""
+    low, high = place.argument("min"), place.argument("max")
+    if low is not None and high is not None:
+        place.replace(place.emit.call(aten.hardtanh.default, place.argument("self"), float(low), float(high)))
+    elif low == 0 and high is None:
+        place.replace(place.emit.call(aten.relu.default, place.argument("self")))
+
+
+def _mean_keeps_dims(place: _Place) -> None:
+    """A mean over height and width without ``keepdim`` is one with, and a view."""
+    source, dims = place.argument("self"), place.argument("dim")
+    shape = source.meta["val"].shape
+    if place.argument("keepdim") or dims is None or len(shape) != 4 or {d % 4 for d in dims} != {2, 3}:
+        return
+    pooled = place.emit.call(aten.mean.dim, source, [2, 3], True)
+    place.replace(place.emit.call(aten.view.default, pooled, [*_sizes(shape[:2])]))
+
+
+def _squeeze_to_view(place: _Place) -> None:
+    """Squeezes are views; the delegate takes those, with at most one free size, written as -1."""
+    sizes = _sizes(place.node.meta["val"].shape)
+    if sizes.count(-1) <= 1:
+        source = place.argument("self")
+        place.replace(place.emit.call(aten.reshape.default, source, sizes))
+
+
+def _free_view(place: _Place) -> None:
+    """A view to a size that is computed at run time is one to -1."""
+    if -1 in _sizes(place.node.meta["val"].shape):
+        _squeeze_to_view(place)
+
+
+def _sizes(shape: Any) -> list[int]:
+    return [size if isinstance(size, int) else -1 for size in shape]
+
+
+def _matmul_to_linear(place: _Place) -> None:
+    """A product with a constant matrix is a linear layer."""
+    names = ("mat1", "mat2") if place.node.target is aten.addmm.default else ("self", "other")
+    names = ("self", "mat2") if place.node.target is aten.mm.default else names
+    left, right = (place.argument(name) for name in names)
+    if right not in place.constants or left in place.constants or right.meta["val"].dim() != 2:
+        return
+    bias = place.argument("self") if place.node.target is aten.addmm.default else None
+    if bias is not None and not _is_plain_bias(place, bias):
+        return
+    weight = place.emit.call(aten.permute.default, right, [1, 0])
+    place.constants.add(weight)
+    place.replace(place.emit.call(aten.linear.default, left, weight, bias))
+
+
+def _is_plain_bias(place: _Place, bias: Node) -> bool:
+    factors = (place.argument("alpha"), place.argument("beta"))
+    return factors == (1, 1) and bias.op == "get_attr" and bias in place.constants and bias.meta["val"].dim() == 1
+
+
+def _pool_stride(place: _Place) -> None:
+    """``max_pool2d(x, 2)`` without a stride makes executorch 1.4 fail with an IndexError."""
+    if not place.argument("stride"):
+        set_argument(place.node, "stride", list(place.argument("kernel_size")))
+
+
+TO_LOWER: Spellings = {
+    aten.squeeze.default: _squeeze_to_view,
+    aten.squeeze.dim: _squeeze_to_view,
+    aten.squeeze.dims: _squeeze_to_view,
+    aten.unsqueeze.default: _squeeze_to_view,
+    aten.flatten.using_ints: _free_view,
+    aten.unflatten.int: _free_view,
+    aten.view.default: _free_view,
+    aten.reshape.default: _free_view,
+    aten.max_pool2d.default: _pool_stride,
+}
+"""Rewritings that keep the pattern of q and dq around an operator."""
+
+TO_ANNOTATE: Spellings = TO_LOWER | {
+    aten.add.Tensor: _number_to_buffer,
+    aten.add_.Tensor: _number_to_buffer,
+    aten.sub.Tensor: _number_to_buffer,
+    aten.mul.Tensor: _number_to_buffer,
+    aten.mul_.Tensor: _number_to_buffer,
+    aten.rsub.Scalar: _reversed_subtraction,
+    aten.rsub.Tensor: _reversed_subtraction,
+    aten.clamp.default: _clamp_to_hardtanh,
+    aten.mean.dim: _mean_keeps_dims,
+    aten.matmul.default: _matmul_to_linear,
+    aten.mm.default: _matmul_to_linear,
+    aten.addmm.default: _matmul_to_linear,
+}
+"""Rewritings that bring more operators under a row of the table."""

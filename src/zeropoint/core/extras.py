@@ -1,0 +1,40 @@
+"""Optional dependencies, imported where they are used."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import warnings
+from collections.abc import Generator
+from types import ModuleType
+
+from zeropoint.core.errors import MissingExtraError
+
+
+def import_extra(module: str, extra: str) -> ModuleType:
+    """Returns an optional module, imported without the notices that it logs on the way.
+
+    Raises:
+        MissingExtraError: it is not installed; the message says what to install.
+    """
+    try:
+        with _quiet():
+            return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or module).partition(".")[0]
+        remedy = f"Install it with: pip install 'zeropoint[{extra}]'."
+        raise MissingExtraError(f"the package {missing!r} is not installed", where=module, remedy=remedy) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """Keeps back what packages log and warn while they are imported: none of it is about the user's model."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

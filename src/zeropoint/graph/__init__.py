@@ -1,0 +1,1 @@
+"""torch.fx graphs without quantization: binding arguments, constants, chains, passes, capture."""

@@ -1,0 +1,86 @@
+"""Parameters, buffers and submodules of a graph module by dotted path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from zeropoint.core.errors import GraphError
+
+
+def owner_and_name(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Returns the submodule that holds the attribute at ``path``, and the attribute's own name."""
+    prefix, _, name = path.rpartition(".")
+    return model.get_submodule(prefix), name
+
+
+def get_attribute(model: nn.Module, path: str) -> torch.Tensor:
+    """Returns the tensor at a dotted path.
+
+    Raises:
+        GraphError: there is no tensor there.
+    """
+    try:
+        owner, name = owner_and_name(model, path)
+        value = getattr(owner, name)
+    except AttributeError as error:
+        raise GraphError(f"the model has no attribute {path!r}", where=path) from error
+    if not isinstance(value, torch.Tensor):
+        raise GraphError(f"the attribute is {type(value).__name__}, not a tensor", where=path)
+    return value
+
+
+def set_parameter(model: nn.Module, path: str, value: torch.Tensor) -> None:
+    """Puts a tensor at an existing dotted path, as what was there: parameter or buffer."""
+    owner, name = owner_and_name(model, path)
+    if name in owner._parameters:
+        owner._parameters[name] = nn.Parameter(value, requires_grad=value.is_floating_point())
+    elif name in owner._buffers:
+        owner._buffers[name] = value
+    else:
+        setattr(owner, name, value)
+
+
+def delete_attribute(model: nn.Module, path: str) -> None:
+    """Removes the attribute at a dotted path, and the modules that it leaves empty."""
+    owner, name = owner_and_name(model, path)
+    delattr(owner, name)
+    parent_path = path.rpartition(".")[0]
+    while parent_path and _is_empty(model.get_submodule(parent_path)):
+        parent, child = owner_and_name(model, parent_path)
+        delattr(parent, child)
+        parent_path = parent_path.rpartition(".")[0]
+
+
+def _is_empty(module: nn.Module) -> bool:
+    return type(module) is nn.Module and not module._parameters and not module._buffers and not module._modules
+
+
+class Names:
+    """Gives unused attribute names ``prefix0, prefix1, ...`` in constant time each."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._next: dict[str, int] = {}
+
+    def new(self, prefix: str) -> str:
+        """Returns the next name with this prefix that the model does not have."""
+        index = self._next.get(prefix, 0)
+        while hasattr(self._model, f"{prefix}{index}"):
+            index += 1
+        self._next[prefix] = index + 1
+        return f"{prefix}{index}"
+
+
+def attribute_reads(graph: Graph) -> Iterator[Node]:
+    """Yields the ``get_attr`` nodes of a graph."""
+    yield from (node for node in graph.nodes if node.op == "get_attr")
+
+
+def tensors_of(model: GraphModule) -> dict[str, torch.Tensor]:
+    """Returns parameters and buffers by path, each path of a tied tensor too."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return parameters | dict(model.named_buffers(remove_duplicate=False))

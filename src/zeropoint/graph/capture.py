@@ -1,0 +1,104 @@
+"""From a module, an exported program or its module to a graph module."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from zeropoint.core.errors import CaptureError
+
+
+def capture(
+    model: nn.Module | ExportedProgram | GraphModule,
+    example_inputs: tuple[Any, ...],
+    *,
+    dynamic_shapes: Any = None,
+    strict: bool = False,
+) -> GraphModule:
+    """Returns the model as an exported graph module, in eval mode.
+
+    Args:
+        model: an ``nn.Module`` (exported here), an ``ExportedProgram``, or what its ``.module()`` gave.
+        example_inputs: positional inputs, shapes and dtypes as in use.
+        dynamic_shapes: as in ``torch.export.export``, e.g. ``({0: torch.export.Dim.DYNAMIC},)`` for a free batch.
+        strict: export with the tracing of Python bytecode, which some vendors' quantizers need.
+
+    Raises:
+        CaptureError: the model cannot be exported, or two example inputs are the same tensor object.
+    """
+    match model:
+        case ExportedProgram():
+            return model.module()  # type: ignore[return-value]
+        case GraphModule() if is_exported(model):
+            return model
+        case nn.Module():
+            return _export(model, example_inputs, dynamic_shapes, strict)
+        case _:
+            remedy = "Give an nn.Module, an ExportedProgram or the result of its .module()."
+            raise CaptureError(f"got {type(model).__name__}, not a model", remedy=remedy)
+
+
+def is_exported(model: object) -> bool:
+    """True for a graph module whose nodes carry values, as ``torch.export`` makes them."""
+    return isinstance(model, GraphModule) and any("val" in node.meta for node in model.graph.nodes)
+
+
+def require_exported(model: object) -> GraphModule:
+    """Returns the model when it is an exported graph module.
+
+    Raises:
+        CaptureError: it is anything else; the message says how to export it.
+    """
+    if isinstance(model, GraphModule) and is_exported(model):
+        return model
+    remedy = "Export it first: torch.export.export(model, example_inputs).module()."
+    if isinstance(model, ExportedProgram):
+        remedy = "Take its module: exported_program.module()."
+    raise CaptureError(f"got {type(model).__name__}, not an exported graph module", remedy=remedy)
+
+
+def _export(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, strict: bool) -> GraphModule:
+    if not isinstance(inputs, tuple):
+        remedy = "Give a tuple of positional inputs, e.g. (x,)."
+        raise CaptureError(f"example_inputs is {type(inputs).__name__}, not a tuple", remedy=remedy)
+    _check_distinct(inputs)
+    with _in_eval_mode(model):
+        try:
+            with torch.no_grad():
+                exported = torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes, strict=strict)
+        except Exception as error:
+            remedy = "Make torch.export.export(model, example_inputs) work first; its message is above."
+            what = f"torch.export could not export the model: {type(error).__name__}: {str(error).strip()}"
+            raise CaptureError(what, where=type(model).__name__, remedy=remedy) from error
+    return exported.module()  # type: ignore[return-value]
+
+
+def _check_distinct(inputs: tuple[Any, ...]) -> None:
+    """torch.export merges two inputs that are one object, nested ones too, without a word."""
+    seen: dict[int, int] = {}
+    for position, value in enumerate(pytree.tree_leaves(inputs)):
+        if not isinstance(value, torch.Tensor):
+            continue
+        if id(value) in seen:
+            what = f"example inputs {seen[id(value)]} and {position} are one tensor object; export would merge them"
+            raise CaptureError(what, remedy="Pass distinct tensors, e.g. x.clone().")
+        seen[id(value)] = position
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Generator[None]:
+    """Evaluates every submodule for the duration, then restores each one's own mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,29 @@
+"""Short walks along the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch.fx import Node
+
+
+def sole_reader(node: Node) -> Node | None:
+    """Returns the only node that reads this one; None when there are none or several."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def ancestors(node: Node) -> set[Node]:
+    """Returns every node that this one depends on."""
+    seen: set[Node] = set()
+    waiting = list(node.all_input_nodes)
+    while waiting:
+        current = waiting.pop()
+        if current not in seen:
+            seen.add(current)
+            waiting.extend(current.all_input_nodes)
+    return seen
+
+
+def earliest(nodes: Iterable[Node], order: dict[Node, int]) -> Node:
+    """Returns the node that comes first in the graph."""
+    return min(nodes, key=order.__getitem__)

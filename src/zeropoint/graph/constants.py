@@ -1,0 +1,99 @@
+"""Which nodes have a value that no input can change, and what it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node, map_arg
+
+from zeropoint.graph.attributes import get_attribute
+from zeropoint.graph.bind import bind
+from zeropoint.graph.compat import OpOverload
+
+
+def mutated_attributes(graph: Graph) -> set[str]:
+    """Returns the paths of the buffers that some operator of the graph writes to, through views too."""
+    written: set[str] = set()
+    for node in graph.nodes:
+        for source in _written_by(node):
+            written.update(_attributes_behind(source))
+    return written
+
+
+def _written_by(node: Node) -> list[Node]:
+    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+        return []
+    declared = node.target._schema.arguments
+    writes = {a.name for a in declared if a.alias_info is not None and a.alias_info.is_write}
+    return [value for name, value in bind(node).items() if name in writes and isinstance(value, Node)]
+
+
+def _attributes_behind(node: Node) -> set[str]:
+    found: set[str] = set()
+    waiting, seen = [node], set[Node]()
+    while waiting:
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "get_attr":
+            found.add(str(current.target))
+        elif current.op == "call_function" and current.args and isinstance(current.args[0], Node):
+            waiting.append(current.args[0])
+    return found
+
+
+def constant_nodes(model: GraphModule) -> set[Node]:
+    """Returns the nodes whose value depends on parameters and constants only, in one walk.
+
+    A buffer that the graph writes to is no constant, and neither is what random or mutating operators return.
+    """
+    mutated = mutated_attributes(model.graph)
+    constant: set[Node] = set()
+    for node in model.graph.nodes:
+        if node.op == "get_attr":
+            if str(node.target) not in mutated and _holds_tensor(model, node):
+                constant.add(node)
+        elif _is_pure_function(node) and node.all_input_nodes and all(n in constant for n in node.all_input_nodes):
+            constant.add(node)
+    return constant
+
+
+def _holds_tensor(model: GraphModule, node: Node) -> bool:
+    owner, _, name = str(node.target).rpartition(".")
+    return isinstance(getattr(model.get_submodule(owner), name, None), torch.Tensor)
+
+
+def _is_pure_function(node: Node) -> bool:
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, OpOverload):
+        schema = node.target._schema
+        return not schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+    return getattr(node.target, "__module__", "") in ("_operator", "operator", "math")
+
+
+@torch.no_grad()
+def evaluate(model: GraphModule, node: Node) -> Any:
+    """Returns the value of a constant node, computing what it depends on."""
+    values: dict[Node, Any] = {}
+    waiting = [node]
+    while waiting:
+        current = waiting[-1]
+        missing = [n for n in current.all_input_nodes if n not in values]
+        if missing:
+            waiting.extend(missing)
+            continue
+        waiting.pop()
+        if current not in values:
+            values[current] = _value(model, current, values)
+    return values[node]
+
+
+def _value(model: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
+    if node.op == "get_attr":
+        return get_attribute(model, str(node.target)).detach()
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
+    assert callable(node.target)
+    return node.target(*args, **kwargs)

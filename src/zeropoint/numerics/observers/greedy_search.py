@@ -1,0 +1,100 @@
+"""The field's search for the range of a histogram, with the same float32 arithmetic, without its Python loops.
+
+``NormMinimization::NonlinearQuantizationParamsSearch`` of caffe2/quantization/server/norm_minimization.cc, as
+``torch.ao`` and torchao's HistogramObserver follow it: quantiles close in from both ends in steps of 1e-5, and the
+first step that makes the L2 error larger ends the search. The bins that a step reaches do not depend on errors, so
+they come from binary search in the cumulative histogram, and runs of steps that reach no new bin are skipped.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+STEP = 1e-5
+"""Share of the values that one step of a quantile leaves out."""
+
+
+@functools.cache
+def _quantiles() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns the lower and the upper quantile after 1, 2, ... steps, summed one by one as the field's loop does."""
+    steps = np.full(round(1 / STEP) + 2, STEP)
+    return np.add.accumulate(steps), np.subtract.accumulate(np.concatenate([[1.0], steps]))[1:]
+
+
+def quantile_path(histogram: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Yields the ever smaller ranges of bins, first and last inclusive, that the search tries.
+
+    Args:
+        histogram: float32 counts, shape ``(bins,)``, on the CPU.
+    """
+    total = histogram.sum().item()
+    counts: NDArray[np.float32] = histogram.cumsum(0).numpy()
+    lower, upper = _quantiles()
+    start, end, i, j = 0, len(counts) - 1, 0, 0
+    while start < end and j < len(upper) and (lower[i - 1] if i else 0.0) < (upper[j - 1] if j else 1.0):
+        left, right = np.float32(lower[i] * total), np.float32(upper[j] * total)
+        to_start = _within(np.searchsorted(counts, left, "left"), start, end)
+        to_end = _within(np.searchsorted(counts, right, "right") - 1, start, end)
+        if to_start - start > end - to_end:
+            start, i = to_start, i + 1
+        elif to_end < end:
+            end, j = to_end, j + 1
+        else:
+            j = _first_below(counts[end], total, j + 1)
+            continue
+        yield start, end
+
+
+def _first_below(count: np.float32, total: float, j: int) -> int:
+    """Returns the first step from ``j`` on whose upper quantile is below ``count``: only then does the end move."""
+    upper = _quantiles()[1]
+    # Rounding moves the quotient by less than one step; the loop makes up for the three that are taken off.
+    j = max(j, int((1 - float(count) / total) / STEP) - 3)
+    while j < len(upper) and np.float32(upper[j] * total) >= count:
+        j += 1
+    return j
+
+
+def _within(value: Any, low: int, high: int) -> int:
+    return min(max(int(value), low), high)
+
+
+def cell_error(histogram: torch.Tensor, bin_width: float, start: int, end: int, cells: int) -> float:
+    """Returns the L2 error of rounding to the centres of ``cells`` equal cells laid over the bins ``start..end``.
+
+    The values of a bin count as spread evenly over it; what lies outside of the cells goes to the outer two.
+    float32, in the field's order of operations, since the search compares errors that may differ in the last bit.
+    """
+    width = bin_width * (end - start + 1) / cells
+    if width == 0.0:
+        return 0.0
+    begin = (torch.arange(len(histogram)) - start) * bin_width
+    finish = begin + bin_width
+    first = torch.div(begin, width, rounding_mode="floor").clamp_(0, cells - 1)
+    last = torch.div(finish, width, rounding_mode="floor").clamp_(0, cells - 1)
+    density = histogram / bin_width
+    half = torch.tensor(width / 2)
+    cube = half * half * half
+    from_begin = begin - (first + 0.5) * width
+    to_finish = finish - (last * width + width / 2)
+    norm = density * ((cube - from_begin * from_begin * from_begin) / 3)
+    norm += (last - first - 1) * (density * ((cube + cube) / 3))
+    norm += density * ((to_finish * to_finish * to_finish + cube) / 3)
+    return norm.sum().item()
+
+
+def greedy_bins(histogram: torch.Tensor, bin_width: float, cells: int) -> tuple[int, int]:
+    """Returns the first and the last bin of the range that the search ends with."""
+    chosen, least = (0, len(histogram) - 1), float("inf")
+    for start, end in quantile_path(histogram):
+        error = cell_error(histogram, bin_width, start, end, cells)
+        if error > least:
+            break
+        chosen, least = (start, end), error
+    return chosen

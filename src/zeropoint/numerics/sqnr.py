@@ -1,0 +1,24 @@
+"""How far a tensor is from its reference."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def sqnr_db(reference: torch.Tensor, actual: torch.Tensor) -> float:
+    """Returns the signal to quantization noise ratio in dB: ``10 log10(sum(ref^2) / sum((ref - actual)^2))``.
+
+    Infinite for equal tensors; minus infinity where the shapes differ or ``actual`` holds NaN or infinity.
+    """
+    if reference.shape != actual.shape:
+        return -math.inf
+    signal, noise = reference.double(), reference.double() - actual.double()
+    noise_power = float(noise.square().sum())
+    if noise_power == 0.0:
+        return math.inf
+    if not math.isfinite(noise_power):
+        return -math.inf
+    signal_power = float(signal.square().sum())
+    return 10 * math.log10(signal_power / noise_power) if signal_power else -math.inf

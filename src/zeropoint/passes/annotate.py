@@ -1,0 +1,27 @@
+"""Let a quantizer annotate a graph and the bodies of its control flow."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from zeropoint.annotate.quantizer import Quantizer
+from zeropoint.core.errors import AnnotationError
+from zeropoint.graph.graph_pass import bodies
+
+
+def annotate(model: GraphModule, quantizer: Quantizer) -> GraphModule:
+    """Returns the model as the quantizer transformed and annotated it; ``validate`` sees the whole of it."""
+    model = _annotate(model, quantizer)
+    quantizer.validate(model)
+    return model
+
+
+def _annotate(model: GraphModule, quantizer: Quantizer) -> GraphModule:
+    for path, body in list(bodies(model)):
+        setattr(model, path, _annotate(body, quantizer))
+    transformed = quantizer.transform_for_annotation(model)
+    if not isinstance(transformed, GraphModule):
+        what = f"transform_for_annotation returned {type(transformed).__name__}, not the model"
+        raise AnnotationError(what, where=type(quantizer).__name__)
+    quantizer.annotate(transformed)
+    return transformed

@@ -1,0 +1,69 @@
+"""Bring an exported graph into the form that quantizers expect."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from zeropoint.graph.bind import argument
+from zeropoint.graph.emit import Emitter
+from zeropoint.graph.graph_pass import graph_pass
+
+aten = torch.ops.aten
+GUARDS = "_guards_fn"
+
+
+@graph_pass
+def canonicalize(model: GraphModule) -> None:
+    """Removes the input checks that ``ExportedProgram.module()`` adds, and takes attention apart."""
+    for node in list(model.graph.nodes):
+        if node.op == "call_module" and node.target == GUARDS:
+            model.graph.erase_node(node)
+        elif node.target is aten.scaled_dot_product_attention.default:
+            decompose_attention(node)
+
+
+def decompose_attention(node: Node) -> None:
+    """Replaces scaled dot product attention by ``softmax(q k^T scale + mask) v``, so that its products are operators.
+
+    The definition is that of ``torch.nn.functional.scaled_dot_product_attention``. Attention with dropout is left.
+    """
+    if argument(node, "dropout_p"):
+        return
+    query, key, value = (argument(node, name) for name in ("query", "key", "value"))
+    emit = Emitter(node, "decompose_attention")
+    if argument(node, "enable_gqa"):
+        repeat = query.meta["val"].shape[-3] // key.meta["val"].shape[-3]
+        key = emit.call(aten.repeat_interleave.self_int, key, repeat, -3)
+        value = emit.call(aten.repeat_interleave.self_int, value, repeat, -3)
+    scale = argument(node, "scale")
+    factor = 1.0 / math.sqrt(query.meta["val"].shape[-1]) if scale is None else scale
+    scaled = emit.call(aten.mul.Scalar, query, factor)
+    scores = emit.call(aten.matmul.default, scaled, emit.call(aten.transpose.int, key, -2, -1))
+    scores = _mask(emit, scores, argument(node, "attn_mask"), bool(argument(node, "is_causal")))
+    weights = emit.call(aten.softmax.int, scores, -1)
+    result = emit.call(aten.matmul.default, weights, value)
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+
+
+def _mask(emit: Emitter, scores: Node, mask: Any, is_causal: bool) -> Node:
+    if is_causal:
+        sizes = [_size(emit, scores, axis) for axis in (-2, -1)]
+        full = emit.call(aten.ones.default, sizes, dtype=torch.bool, device=scores.meta["val"].device)
+        mask = emit.call(aten.tril.default, full)
+    if mask is None:
+        return scores
+    if mask.meta["val"].dtype != torch.bool:
+        return emit.call(aten.add.Tensor, scores, mask)
+    hidden = emit.call(aten.logical_not.default, mask)
+    return emit.call(aten.masked_fill.Scalar, scores, hidden, float("-inf"))
+
+
+def _size(emit: Emitter, node: Node, axis: int) -> int | Node:
+    """Returns the size along an axis: a number, or where it is free, the node that asks for it."""
+    size = node.meta["val"].shape[axis]
+    return size if isinstance(size, int) else emit.call(aten.sym_size.int, node, axis)

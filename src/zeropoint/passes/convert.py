@@ -1,0 +1,233 @@
+"""Replace observers by quantize and dequantize operators, and constants by their integers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from zeropoint.annotate.annotation import Q_ANNOTATION_KEY, is_valid_annotation
+from zeropoint.core.dtypes import INTEGER_DTYPES, plain_dtype
+from zeropoint.core.errors import GraphError, SpecError
+from zeropoint.core.specs import PER_CHANNEL
+from zeropoint.graph.attributes import Names
+from zeropoint.graph.compat import created_from
+from zeropoint.graph.constants import constant_nodes, evaluate
+from zeropoint.graph.emit import Emitter, complete_values, inherit
+from zeropoint.graph.graph_pass import bodies, graph_pass
+from zeropoint.graph.source import describe
+from zeropoint.numerics import ops
+from zeropoint.passes.qparams_of import QParams, limits_of, observe_constant, observer_of, qparams_of
+
+PASS = "convert"
+CONVERT_ELEMENT_TYPE = torch.ops.quantized_decomposed.convert_element_type.no_fuse
+FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
+
+
+@graph_pass
+def convert(
+    model: GraphModule, fold_constants: Callable[[Node], bool], chosen: dict[int, QParams] | None = None
+) -> None:
+    """Replaces each observer by quantize and dequantize operators of its scale and zero point.
+
+    Each annotated reader gets a dequantize of its own, the others share one. A constant is quantized here, to an
+    integer buffer ``_frozen_paramN``, where ``fold_constants(node)`` says so. An observer of a float dtype disappears.
+    ``chosen`` replaces what observers, by id, say.
+
+    Raises:
+        CalibrationError: an observer saw no data.
+    """
+    _Converter(model, fold_constants, chosen or {}).run()
+
+
+class _Converter:
+    def __init__(self, model: GraphModule, fold_constants: Callable[[Node], bool], chosen: dict[int, QParams]) -> None:
+        self.model, self.fold_constants = model, fold_constants
+        self.constants = constant_nodes(model)
+        self.names = Names(model)
+        self.qparams: dict[int, QParams] = dict(chosen)
+        self.buffers: dict[tuple[int, str], str] = {}
+        self.frozen: dict[tuple[Node, int], Node] = {}
+
+    def run(self) -> None:
+        calls = [(n, observer_of(self.model, n)) for n in self.model.graph.nodes]
+        calls = [(node, observer) for node, observer in calls if observer is not None]
+        others = [(node, observer) for node, observer in calls if not _converts_itself(observer)]
+        for node, observer in calls:
+            if _converts_itself(observer):
+                observer.convert(self.model, node)
+        if len(others) < len(calls):
+            complete_values(self.model)
+        for node, observer in others:
+            self._convert(node, observer)
+            self.model.graph.erase_node(node)
+        for path in [name for name, module in self.model._modules.items() if hasattr(module, "calculate_qparams")]:
+            delattr(self.model, path)
+
+    def _convert(self, node: Node, observer: Any) -> None:
+        source = node.args[0]
+        assert isinstance(source, Node)
+        dtype = plain_dtype(observer.dtype)
+        if dtype == torch.float16:
+            self._to_half_and_back(node, source)
+        elif dtype not in (*INTEGER_DTYPES, *FLOAT8):
+            node.replace_all_uses_with(source)
+        elif getattr(observer, "is_dynamic", False):
+            self._dynamic(node, source, observer)
+        else:
+            self._static(node, source, observer)
+
+    def _static(self, node: Node, source: Node, observer: Any) -> None:
+        constant = source in self.constants
+        qparams = self._qparams(node, source, observer, constant)
+        if constant and self.fold_constants(node):
+            quantized = self._freeze(node, source, qparams)
+        else:
+            quantized = self._quantize(node, source, qparams)
+        self._dequantize_for_readers(node, source, quantized, qparams)
+
+    def _qparams(self, node: Node, source: Node, observer: Any, constant: bool) -> QParams:
+        """Returns scale and zero point, from the constant's present value where nothing ran; once per observer."""
+        if id(observer) not in self.qparams:
+            if constant:
+                observe_constant(observer, lambda: evaluate(self.model, source))
+            self.qparams[id(observer)] = qparams_of(observer, describe(source))
+        return self.qparams[id(observer)]
+
+    def _scale_and_zero_point(self, node: Node, qparams: QParams) -> tuple[Any, ...]:
+        """Returns the arguments after the tensor: literals per tensor, buffers per channel."""
+        limits = (qparams.quant_min, qparams.quant_max, qparams.dtype)
+        if qparams.ch_axis is None:
+            return (qparams.scale.item(), int(qparams.zero_point.item()), *limits)
+        scale = self._buffer(node, "_scale_", qparams.scale)
+        zero_point = self._buffer(node, "_zero_point_", qparams.zero_point)
+        return (scale, zero_point, qparams.ch_axis, *limits)
+
+    def _buffer(self, node: Node, prefix: str, value: torch.Tensor) -> Node:
+        key = (id(value), prefix)
+        if key not in self.buffers:
+            self.buffers[key] = self.names.new(prefix)
+            self.model.register_buffer(self.buffers[key], value)
+        with node.graph.inserting_before(node):
+            read = node.graph.get_attr(self.buffers[key])
+        read.meta["val"] = node.meta["val"].new_empty(value.shape, dtype=value.dtype) if "val" in node.meta else value
+        inherit(read, node, PASS)
+        return read
+
+    def _quantize(self, node: Node, source: Node, qparams: QParams) -> Node:
+        target = ops.QUANTIZE_PER_TENSOR if qparams.ch_axis is None else ops.QUANTIZE_PER_CHANNEL
+        with node.graph.inserting_before(node):
+            arguments = self._scale_and_zero_point(node, qparams)
+            quantized = node.graph.call_function(target, (source, *arguments))
+        _set_value(quantized, source, qparams.dtype)
+        inherit(quantized, source, PASS)
+        return quantized
+
+    def _freeze(self, node: Node, source: Node, qparams: QParams) -> Node:
+        """Returns the node of the integer buffer that a constant becomes; one for all equal readings of it."""
+        key = (source, id(qparams))
+        if key in self.frozen:
+            return self.frozen[key]
+        integers = qparams.quantize(evaluate(self.model, source))
+        path = self.names.new("_frozen_param")
+        self.model.register_buffer(path, integers)
+        with node.graph.inserting_before(node):
+            frozen = node.graph.get_attr(path)
+        frozen.meta = {**source.meta}
+        _set_value(frozen, source, qparams.dtype)
+        frozen.meta["from_node"] = created_from(source, PASS)
+        self.frozen[key] = frozen
+        return frozen
+
+    def _dequantize_for_readers(self, node: Node, source: Node, quantized: Node, qparams: QParams) -> None:
+        target = ops.DEQUANTIZE_PER_TENSOR if qparams.ch_axis is None else ops.DEQUANTIZE_PER_CHANNEL
+        others: Node | None = None
+        for reader in list(node.users):
+            annotated = is_valid_annotation(reader.meta.get(Q_ANNOTATION_KEY))
+            dequantized = None if annotated else others
+            if dequantized is None:
+                with node.graph.inserting_before(node):
+                    arguments = self._scale_and_zero_point(node, qparams)
+                    dequantized = node.graph.call_function(target, (quantized, *arguments), _out_dtype(source))
+                _set_value(dequantized, source, None)
+                inherit(dequantized, reader if annotated else source, PASS)
+            others = others if annotated else dequantized
+            reader.replace_input_with(node, dequantized)
+
+    def _dynamic(self, node: Node, source: Node, observer: Any) -> None:
+        """Emits choose_qparams, quantize and dequantize with scale and zero point as tensors."""
+        choose = ops.CHOOSE_QPARAMS
+        if observer.qscheme in (torch.per_tensor_symmetric,):
+            choose = ops.CHOOSE_QPARAMS_SYMMETRIC
+        if observer.qscheme in PER_CHANNEL or plain_dtype(observer.dtype) not in (torch.int8, torch.uint8):
+            what = f"dynamic quantization to {observer.dtype}, {observer.qscheme}"
+            remedy = "Use int8 or uint8 and a per-tensor scheme."
+            raise SpecError(what, where=describe(source), remedy=remedy)
+        limits = limits_of(observer)
+        eps = observer.eps.item() if isinstance(observer.eps, torch.Tensor) else observer.eps
+        dtype = plain_dtype(observer.dtype)
+        emit = Emitter(node, PASS)
+        chosen = emit.call(choose, source, *limits, eps, dtype)
+        scale, zero_point = emit.call(operator.getitem, chosen, 0), emit.call(operator.getitem, chosen, 1)
+        quantized = emit.call(ops.QUANTIZE_PER_TENSOR_TENSOR, source, scale, zero_point, *limits, dtype)
+        back = emit.call(
+            ops.DEQUANTIZE_PER_TENSOR_TENSOR, quantized, scale, zero_point, *limits, dtype, **_out_dtype(source)
+        )
+        node.replace_all_uses_with(back)
+
+    def _to_half_and_back(self, node: Node, source: Node) -> None:
+        emit = Emitter(node, PASS)
+        half = emit.call(CONVERT_ELEMENT_TYPE, source, torch.float16)
+        dtype = _out_dtype(source).get("out_dtype", torch.float32)
+        node.replace_all_uses_with(emit.call(CONVERT_ELEMENT_TYPE, half, dtype))
+
+
+def every(node: Node) -> bool:
+    """Folds each constant."""
+    del node
+    return True
+
+
+def none(node: Node) -> bool:
+    """Folds no constant."""
+    del node
+    return False
+
+
+def _converts_itself(observer: Any) -> bool:
+    """True for an observer of another package whose ``convert(model, node)`` replaces the node that calls it."""
+    return callable(getattr(observer, "convert", None))
+
+
+def _out_dtype(source: Node) -> dict[str, Any]:
+    value = source.meta.get("val")
+    if isinstance(value, torch.Tensor) and value.dtype != torch.float32:
+        return {"out_dtype": value.dtype}
+    return {}
+
+
+def _set_value(node: Node, source: Node, dtype: torch.dtype | None) -> None:
+    """Gives a node the ``val`` of its source, of another dtype where one is given."""
+    value = source.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        node.meta["val"] = value if dtype is None else torch.empty_like(value, dtype=dtype)
+
+
+def require_observed(model: GraphModule) -> None:
+    """Raises when the model has no observers: it was not prepared, or it was converted before.
+
+    Raises:
+        GraphError: says so.
+    """
+    if not _has_observers(model):
+        remedy = "Give the result of prepare_pt2e or prepare_qat_pt2e; convert it once."
+        raise GraphError("the model has no observers", where="convert_pt2e", remedy=remedy)
+
+
+def _has_observers(model: GraphModule) -> bool:
+    if any(observer_of(model, node) is not None for node in model.graph.nodes):
+        return True
+    return any(_has_observers(body) for _, body in bodies(model))

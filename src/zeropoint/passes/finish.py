@@ -1,0 +1,26 @@
+"""End a pipeline: one module, one recompile, and only the tensors that the graph reads."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from zeropoint.graph.graph_pass import bodies
+
+
+def finish(model: GraphModule) -> GraphModule:
+    """Returns a new module of the same graph that holds just what the graph reads; metadata is kept."""
+    for path, body in list(bodies(model)):
+        setattr(model, path, finish(body))
+    finished = GraphModule(model, model.graph, type(model).__name__)
+    finished.meta = dict(model.meta)
+    finished.train(model.training)
+    _leave_unsaved(finished, model)
+    return finished
+
+
+def _leave_unsaved(finished: GraphModule, model: GraphModule) -> None:
+    """Keeps out of the ``state_dict`` the buffers that the model kept out: torch copies each as one that is saved."""
+    of_model = dict(model.named_modules())
+    for path, module in finished.named_modules():
+        if path in of_model:
+            module._non_persistent_buffers_set |= of_model[path]._non_persistent_buffers_set & set(module._buffers)

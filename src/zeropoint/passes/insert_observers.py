@@ -1,0 +1,96 @@
+"""Insert observers where the plan has sites."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from zeropoint.graph.attributes import Names, tensors_of
+from zeropoint.graph.bind import Site, reads, replace_read
+from zeropoint.graph.compat import OpOverload, created_from
+from zeropoint.graph.constants import constant_nodes
+from zeropoint.graph.emit import inherit
+from zeropoint.graph.graph_pass import graph_pass
+from zeropoint.graph.source import describe
+from zeropoint.passes.make_observers import Observers
+
+PREFIX = "activation_post_process_"
+
+
+@graph_pass
+def insert_observers(model: GraphModule, observers: Observers) -> None:
+    """Adds a call of its observer after each tensor of the plan, and makes the sites read what it returns.
+
+    A read whose observer is that of the producer's output, or of another read of the same tensor, uses the same call.
+    """
+    _Inserter(model, observers).run()
+
+
+class _Inserter:
+    def __init__(self, model: GraphModule, observers: Observers) -> None:
+        self.model, self.observers = model, observers
+        self.names = Names(model)
+        self.constants = constant_nodes(model)
+        self.calls: dict[tuple[Node, int], Node] = {}
+        """The call of an observer, by the tensor that it observes and the observer's id."""
+        self.only_constants: dict[int, bool] = {}
+        """Whether an observer, by id, has met constants only."""
+        devices = {tensor.device for tensor in tensors_of(model).values()}
+        self.device = devices.pop() if len(devices) == 1 else None
+
+    def run(self) -> None:
+        for node in list(self.model.graph.nodes):
+            for site, source in list(reads(node)):
+                if site in self.observers and not _writes_to_buffer(site, source):
+                    self._observe_read(site, source)
+            if Site(node) in self.observers:
+                self._observe_output(node)
+
+    def _observe_read(self, site: Site, source: Node) -> None:
+        observer = self.observers[site]
+        if source.op == "call_module" and self.calls.get((source.args[0], id(observer))) is source:  # type: ignore[arg-type]
+            return
+        call = self.calls.get((source, id(observer))) or self._call(source, observer, str(site))
+        replace_read(site, call)
+
+    def _observe_output(self, node: Node) -> None:
+        readers = list(node.users)
+        call = self._call(node, self.observers[Site(node)], "")
+        for reader in readers:
+            reader.replace_input_with(node, call)
+
+    def _call(self, source: Node, observer: Any, read_by: str) -> Node:
+        name = self.names.new(PREFIX)
+        if self.device is not None and isinstance(observer, nn.Module):
+            observer.to(self.device)
+        self.model.add_submodule(name, observer)
+        if not getattr(observer, "site", None):
+            place = f"{describe(source)}{f', read as {read_by}' if read_by else ''}"
+            object.__setattr__(observer, "site", place)
+        if hasattr(observer, "constant_input"):
+            only_constants = self.only_constants.get(id(observer), True) and source in self.constants
+            self.only_constants[id(observer)] = only_constants
+            object.__setattr__(observer, "constant_input", only_constants)
+        with source.graph.inserting_after(source):
+            call = source.graph.call_module(name, (source,))
+        if "val" in source.meta:
+            call.meta["val"] = source.meta["val"]
+        call.meta["from_node"] = created_from(source, "insert_observers")
+        inherit(call, source, "insert_observers")
+        self.calls[source, id(observer)] = call
+        return call
+
+
+def _writes_to_buffer(site: Site, source: Node) -> bool:
+    """True for what an operator writes to, when that is a buffer: observing it would cut the write off."""
+    target = site.node.target
+    if not isinstance(target, OpOverload):
+        return False
+    written = {a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    if site.argument not in written:
+        return False
+    while source.op == "call_function" and source.args and isinstance(source.args[0], Node):
+        source = source.args[0]
+    return source.op == "get_attr"

@@ -1,0 +1,99 @@
+"""Read scale and zero point from an observer or fake quantizer of any package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from zeropoint.core.dtypes import checked_range, integer_range, plain_dtype
+from zeropoint.core.errors import CalibrationError
+from zeropoint.core.specs import PER_CHANNEL
+from zeropoint.numerics import ops
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class QParams:
+    """What a q/dq pair needs. ``scale`` float32, ``zero_point`` integer; shape ``(1,)``, or ``(channels,)``."""
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    quant_min: int
+    quant_max: int
+    dtype: torch.dtype
+    ch_axis: int | None
+
+    def quantize(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the integers of a tensor, by the operator that the graph would use."""
+        limits = (self.quant_min, self.quant_max, self.dtype)
+        tensor = tensor.float()
+        if self.ch_axis is None:
+            return ops.QUANTIZE_PER_TENSOR(tensor, self.scale.item(), int(self.zero_point.item()), *limits)
+        return ops.QUANTIZE_PER_CHANNEL(tensor, self.scale, self.zero_point, self.ch_axis, *limits)
+
+
+def observer_of(model: GraphModule, node: Node) -> Any:
+    """Returns the observer or fake quantizer that a node calls, of any package; None where it calls none."""
+    if node.op != "call_module":
+        return None
+    module = model.get_submodule(str(node.target))
+    return module if hasattr(module, "calculate_qparams") else None
+
+
+def observe_constant(observer: Any, value: Callable[[], torch.Tensor]) -> None:
+    """Shows a constant to its observer: to one of ours always, to another's when it has seen nothing."""
+    if hasattr(observer, "constant_input"):
+        wanted = bool(observer.constant_input)
+    else:
+        wanted = _saw_nothing(observer)
+    if wanted:
+        observer(value())
+
+
+def _saw_nothing(observer: Any) -> bool:
+    """True when the range of an observer, or of the one in a fake quantizer, is still empty."""
+    low = getattr(getattr(observer, "activation_post_process", observer), "min_val", None)
+    return isinstance(low, torch.Tensor) and (low.numel() == 0 or not bool(torch.isfinite(low).all()))
+
+
+def qparams_of(observer: Any, where: str) -> QParams:
+    """Returns what an observer says, checked.
+
+    Raises:
+        CalibrationError: it saw no data, or its scale is not finite and positive.
+    """
+    if _saw_nothing(observer):  # Other packages' observers give scale 1 then.
+        what = f"no data reached this {type(observer).__name__}"
+        remedy = "Run the prepared model on calibration data that reaches this tensor before converting."
+        raise CalibrationError(what, where=where, remedy=remedy)
+    try:
+        scale, zero_point = observer.calculate_qparams()
+    except CalibrationError as error:
+        raise CalibrationError(error.what, where=where, remedy=error.remedy) from error
+    scale = torch.as_tensor(scale).detach().reshape(-1).float()
+    zero_point = torch.as_tensor(zero_point).detach().reshape(-1)
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise CalibrationError(
+            f"its scale is {scale.tolist()[:4]}", where=where, remedy="Look at the calibration data."
+        )
+    low, high = limits_of(observer)
+    per_channel = observer.qscheme in PER_CHANNEL
+    if not per_channel:
+        scale, zero_point = scale[:1], zero_point[:1].to(torch.int64)
+    elif observer.qscheme != torch.per_channel_affine_float_qparams:
+        zero_point = zero_point.to(torch.int64)
+    return QParams(scale, zero_point, low, high, plain_dtype(observer.dtype), observer.ch_axis if per_channel else None)
+
+
+def limits_of(observer: Any) -> tuple[int, int]:
+    """Returns the smallest and largest quantized value of an observer; those of its dtype where it names none."""
+    low, high = getattr(observer, "quant_min", None), getattr(observer, "quant_max", None)
+    if plain_dtype(observer.dtype).is_floating_point:
+        info = torch.finfo(observer.dtype)
+        return int(info.min if low is None else low), int(info.max if high is None else high)
+    if low is None or high is None:
+        return integer_range(observer.dtype)
+    return checked_range(observer.dtype, low, high)

@@ -1,0 +1,113 @@
+"""Round float biases to the int32 grid on which the backend will compute them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from zeropoint.graph.attributes import Names, get_attribute
+from zeropoint.graph.bind import argument, set_argument
+from zeropoint.graph.constants import constant_nodes
+from zeropoint.graph.emit import inherit
+from zeropoint.graph.graph_pass import graph_pass
+from zeropoint.numerics import ops
+from zeropoint.passes.fold_batch_norm import CONVOLUTIONS, LINEAR, TRANSPOSED
+
+PADS = (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
+INT32 = torch.iinfo(torch.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class BiasRounding:
+    """What became of one bias.
+
+    Args:
+        node: name of the operator that reads it.
+        to_zero: channels whose bias is not zero but less than half a step of the int32 grid.
+        overflowed: channels whose bias does not fit int32 and was clipped.
+        largest_error: largest change of a bias that fits, in units of the output.
+    """
+
+    node: str
+    to_zero: tuple[int, ...]
+    overflowed: tuple[int, ...]
+    largest_error: float
+
+
+@graph_pass
+def round_biases(model: GraphModule) -> list[BiasRounding]:
+    """Gives each quantized convolution and linear layer a bias of its own, of multiples of ``s_x * s_w``.
+
+    The backend keeps the bias as int32 with that scale (Jacob et al. 2018, section 2.4), so a float bias off the grid
+    would make the graph differ from what runs. Returns what was changed, one entry per bias.
+    """
+    constants, names = constant_nodes(model), Names(model)
+    found: list[BiasRounding] = []
+    for node in list(model.graph.nodes):
+        if node.target not in (*CONVOLUTIONS, *TRANSPOSED, *LINEAR):
+            continue
+        bias = argument(node, "bias")
+        scale = bias_scale(model, node)
+        if not isinstance(bias, Node) or bias.op != "get_attr" or bias not in constants or scale is None:
+            continue
+        value = get_attribute(model, str(bias.target)).detach()
+        rounded, report = _round(node.name, value, scale)
+        found.append(report)
+        _set_own_bias(model, node, bias, rounded, names)
+    return found
+
+
+def bias_scale(model: GraphModule, node: Node) -> torch.Tensor | None:
+    """Returns ``s_x * s_w``, shape ``()`` or ``(out channels,)``; None where either is not static.
+
+    None too where the weight's scales are not those of output channels.
+    """
+    x, weight = argument(node, "input"), argument(node, "weight")
+    if x.target in PADS and len(x.users) == 1:
+        x = x.args[0]
+    if x.target is not ops.DEQUANTIZE_PER_TENSOR:
+        return None
+    input_scale = torch.tensor(x.args[1], dtype=torch.float32)
+    if weight.target is ops.DEQUANTIZE_PER_TENSOR:
+        return input_scale * torch.tensor(weight.args[1], dtype=torch.float32)
+    if weight.target is not ops.DEQUANTIZE_PER_CHANNEL or weight.args[3] != int(node.target in TRANSPOSED):
+        return None
+    scales = get_attribute(model, str(weight.args[1].target))
+    groups = argument(node, "groups") or 1
+    per_output = scales.repeat(groups) if node.target in TRANSPOSED else scales
+    return input_scale.to(scales.device) * per_output
+
+
+def on_grid(value: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Returns the values rounded to int32 multiples of the scale."""
+    steps = torch.round(value.double() / scale.double()).clamp(INT32.min, INT32.max)
+    return (steps * scale.double()).to(value.dtype)
+
+
+def _round(name: str, value: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, BiasRounding]:
+    steps = torch.round(value.double() / scale.double())
+    kept = steps.clamp(INT32.min, INT32.max)
+    rounded = on_grid(value, scale)
+    overflowed = (steps != kept).flatten()
+    to_zero = ((kept == 0) & (value != 0)).flatten()
+    fits = (rounded - value).abs().flatten()[~overflowed]
+    error = float(fits.max()) if fits.numel() else 0.0
+    return rounded, BiasRounding(name, _indices(to_zero), _indices(overflowed), error)
+
+
+def _indices(mask: torch.Tensor) -> tuple[int, ...]:
+    return tuple(mask.nonzero().flatten().tolist())
+
+
+def _set_own_bias(model: GraphModule, node: Node, bias: Node, value: torch.Tensor, names: Names) -> None:
+    """Puts the value at a path of its own: two layers have different grids, and one bias tensor cannot be on both."""
+    path = names.new(f"{str(bias.target).replace('.', '_')}_")
+    model.register_parameter(path, nn.Parameter(value, requires_grad=False))
+    with node.graph.inserting_before(bias):
+        own = node.graph.get_attr(path)
+    own.meta = dict(bias.meta)
+    inherit(own, bias, "round_biases")
+    set_argument(node, "bias", own)

@@ -1,0 +1,87 @@
+"""Choose weight scales for which rounding in the graph and on the runtime cannot differ.
+
+The runtime computes ``y = round(M * a)`` with an integer accumulator ``a`` and ``M = s_x s_w / s_y``; the q/dq graph
+computes the same in float32, with an error of some 1e-5. Where ``M * a`` lies that near to a half, the two round to
+different integers, and in a deep network one such difference spreads until the outputs agree by 25 dB only. With
+``M = p / q`` for an odd ``q``, ``M * a = n + 1/2`` has no solution (``2 p a`` is even, ``q (2 n + 1)`` odd), and it
+stays ``1 / (2 q)`` away from every half. So each weight scale is raised, by at most 1/128, until ``M`` is such a
+fraction with a small ``q``: the weights are then rounded on that grid, which costs nothing that can be measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from zeropoint.core.errors import CalibrationError
+from zeropoint.core.specs import SYMMETRIC
+from zeropoint.graph.bind import argument
+from zeropoint.graph.chains import sole_reader
+from zeropoint.graph.constants import constant_nodes, evaluate
+from zeropoint.graph.source import describe
+from zeropoint.passes.fold_batch_norm import CONVOLUTIONS, LINEAR, TRANSPOSED
+from zeropoint.passes.qparams_of import QParams, observe_constant, observer_of, qparams_of
+
+LARGEST_RAISE = 1 / 128
+CANDIDATES = 2 * int(2 / LARGEST_RAISE) + 3
+
+
+def steady_weight_scales(model: GraphModule) -> dict[int, QParams]:
+    """Returns the scale and zero point of weight observers, by id, for which ``s_x s_w / s_y`` is ``p / q``, ``q`` odd.
+
+    Covers the weights that one layer reads, whose input and output are quantized to fixed scales.
+    """
+    constants = constant_nodes(model)
+    chosen: dict[int, QParams] = {}
+    for node in model.graph.nodes:
+        if node.target not in (*CONVOLUTIONS, *TRANSPOSED, *LINEAR):
+            continue
+        observers = _observers(model, node)
+        if observers is None:
+            continue
+        read = argument(node, "weight")
+        source, weight = read.args[0], observers[1]
+        if source not in constants or len(read.users) > 1 or id(weight) in chosen:
+            continue
+        observe_constant(weight, lambda s=source: evaluate(model, s))
+        try:
+            x, w, y = (qparams_of(observer, describe(node)) for observer in observers)
+        except CalibrationError:
+            continue  # Convert raises it, with the name of the tensor.
+        chosen[id(weight)] = replace(w, scale=steady_scale(x.scale, w.scale, y.scale))
+    return chosen
+
+
+def steady_scale(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Returns the smallest scale at or above ``w`` for which ``x w / y`` is a fraction of small odd denominator.
+
+    Args:
+        x, y: scales of input and output, float32, shape ``(1,)``.
+        w: scales of the weight, float32, shape ``(1,)`` or ``(channels,)``.
+    """
+    ratio = (x.double() * w.double() / y.double()).clamp(min=1e-12)
+    odd = torch.arange(1, CANDIDATES, 2, dtype=torch.float64, device=w.device)
+    numerators = torch.ceil(ratio[:, None] * odd)
+    raises = numerators / odd / ratio[:, None] - 1
+    first = (raises <= LARGEST_RAISE).to(torch.int8).argmax(1)
+    found = numerators.gather(1, first[:, None])[:, 0] / odd[first]
+    reciprocal = 2 * torch.floor((1 / ratio - 1) / 2) + 1
+    fraction = torch.where(ratio <= LARGEST_RAISE / 2, 1 / reciprocal, found)
+    return (fraction * y.double() / x.double()).float()
+
+
+def _observers(model: GraphModule, node: Node) -> tuple[Any, Any, Any] | None:
+    """Returns the observers of a layer's input, weight and output; None where one of the three is not fixed int8."""
+    x, weight = argument(node, "input"), argument(node, "weight")
+    if x.op == "call_function" and len(x.users) == 1 and x.all_input_nodes and observer_of(model, x) is None:
+        x = x.all_input_nodes[0]
+    after = sole_reader(node)
+    if after is not None and observer_of(model, after) is None:
+        after = sole_reader(after)
+    found: list[Any] = [observer_of(model, each) if each is not None else None for each in (x, weight, after)]
+    if any(each is None or getattr(each, "is_dynamic", False) or each.dtype != torch.int8 for each in found):
+        return None
+    return (found[0], found[1], found[2]) if found[1].qscheme in SYMMETRIC else None

@@ -1,0 +1,1 @@
+"""What happened to a model, and why."""

@@ -1,0 +1,1 @@
+"""Running what came out, on the real runtime."""

@@ -1,0 +1,76 @@
+"""Run a ``.pte`` file in a child process: a kernel's failed assertion kills the process that it is in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from zeropoint.core.errors import RuntimeFailure
+
+Batches = Sequence[tuple[Any, ...]]
+
+
+def run_in_child(pte: bytes, batches: Batches, *, timeout: float = 600.0) -> list[tuple[torch.Tensor, ...]]:
+    """Returns the outputs of a program for each tuple of inputs, computed in a child process.
+
+    Args:
+        pte: the bytes of the file.
+        batches: positional inputs of each call; tensors, numbers as they are.
+        timeout: seconds after which the child is ended.
+
+    Raises:
+        RuntimeFailure: the child died, ran out of time, or the runtime refused the file; gives its last words.
+    """
+    with tempfile.TemporaryDirectory(prefix="zeropoint-") as folder:
+        Path(folder, "model.pte").write_bytes(pte)
+        for i, inputs in enumerate(batches):
+            save_tensors(Path(folder, f"in{i}.npz"), inputs)
+        _run(folder, len(batches), timeout)
+        return [load_tensors(Path(folder, f"out{i}.npz")) for i in range(len(batches))]
+
+
+def _run(folder: str, count: int, timeout: float) -> None:
+    command = [sys.executable, "-m", "zeropoint.runtime.child", folder, str(count)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeFailure(f"the runtime did not answer in {timeout:g} s", where="child process") from error
+    if done.returncode == 0:
+        return
+    words = [line for line in done.stderr.strip().splitlines() if line.strip()][-5:]
+    cause = f"died of signal {-done.returncode}" if done.returncode < 0 else "failed"
+    raise RuntimeFailure(f"the runtime {cause}: " + " | ".join(words), where="child process")
+
+
+def save_tensors(path: Path, tensors: Sequence[Any]) -> None:
+    """Writes tensors and numbers as arrays of one file, bfloat16 as float32."""
+    arrays = [torch.as_tensor(t).detach().cpu() for t in tensors]
+    plain = [a.float() if a.dtype == torch.bfloat16 else a for a in arrays]
+    np.savez(path, *[a.contiguous().numpy() for a in plain])
+
+
+def load_tensors(path: Path) -> tuple[torch.Tensor, ...]:
+    """Returns the tensors that ``save_tensors`` wrote; nothing is unpickled."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return tuple(torch.from_numpy(arrays[f"arr_{i}"]) for i in range(len(arrays.files)))
+
+
+def main(folder: str, count: str) -> None:
+    """The child: runs the program in the folder on each input file and writes the outputs."""
+    from zeropoint.runtime.executorch import Program
+
+    program = Program.load(Path(folder, "model.pte"))
+    for i in range(int(count)):
+        outputs = program(*load_tensors(Path(folder, f"in{i}.npz")))
+        save_tensors(Path(folder, f"out{i}.npz"), outputs)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

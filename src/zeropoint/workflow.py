@@ -1,0 +1,95 @@
+"""The PT2E workflow: prepare, (calibrate), convert. One line per stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule
+
+from zeropoint.annotate.groups import resolve
+from zeropoint.annotate.plan import Plan
+from zeropoint.annotate.quantizer import Quantizer
+from zeropoint.annotate.read import read_plan
+from zeropoint.core.errors import SpecError
+from zeropoint.graph.capture import require_exported
+from zeropoint.graph.invariants import check_invariants
+from zeropoint.passes.annotate import annotate
+from zeropoint.passes.canonicalize import canonicalize
+from zeropoint.passes.convert import convert, every, none, require_observed
+from zeropoint.passes.finish import finish
+from zeropoint.passes.fold_batch_norm import fold_batch_norm
+from zeropoint.passes.insert_observers import insert_observers
+from zeropoint.passes.invariants import CONVERTED
+from zeropoint.passes.make_observers import make_observers
+from zeropoint.passes.round_biases import round_biases
+from zeropoint.passes.weight_scales import steady_weight_scales
+from zeropoint.report.record import finish_record, record_of, start_record
+
+
+def prepare_pt2e(model: GraphModule, quantizer: Quantizer) -> GraphModule:
+    """Returns the model with observers where the quantizer wants them, ready for calibration.
+
+    Args:
+        model: an exported graph module: ``torch.export.export(m, example_inputs).module()``. Its graph is changed and
+            shared with the result.
+        quantizer: any object with ``transform_for_annotation``, ``annotate``, ``validate`` and
+            ``prepare_obs_or_fq_callback``.
+
+    Raises:
+        CaptureError: the model is not exported.
+        AnnotationError, RuleError: the quantizer's annotations contradict the graph or one another.
+    """
+    prepared, _ = prepare_with_plan(model, quantizer)
+    return prepared
+
+
+def prepare_with_plan(model: GraphModule, quantizer: Quantizer) -> tuple[GraphModule, Plan]:
+    """Returns what ``prepare_pt2e`` returns, and the plan that it carried out."""
+    require_exported(model)
+    canonicalize(model)
+    fold_batch_norm(model)
+    model = annotate(model, quantizer)
+    plan = read_plan(model)
+    groups = resolve(plan)
+    observers = make_observers(model, plan, groups, quantizer)
+    start_record(model, plan, quantizer)
+    insert_observers(model, observers)
+    return finish(model), plan
+
+
+def convert_pt2e(
+    model: GraphModule, use_reference_representation: bool = False, fold_quantize: bool = True
+) -> GraphModule:
+    """Returns the model with quantize and dequantize operators in place of observers, and integer weights.
+
+    Args:
+        model: what ``prepare_pt2e`` returned, calibrated. Its graph is changed and shared with the result.
+        use_reference_representation: integer arithmetic in place of dequantize, operator, quantize.
+        fold_quantize: store quantized constants as integers; else they stay float with a quantize operator after them.
+
+    Raises:
+        CalibrationError: an observer saw no data; names the tensor.
+        GraphError: the model was not prepared.
+    """
+    _check_flags(use_reference_representation, fold_quantize)
+    require_exported(model)
+    require_observed(model)
+    on_grid = record_of(model).rounds_biases
+    convert(model, every if fold_quantize else none, steady_weight_scales(model) if on_grid else {})
+    biases = round_biases(model) if on_grid else []
+    converted = finish(model)
+    finish_record(converted, tuple(biases))
+    check_invariants(converted, CONVERTED, "convert_pt2e")
+    return converted
+
+
+def _check_flags(use_reference_representation: Any, fold_quantize: Any) -> None:
+    for name, value in (
+        ("use_reference_representation", use_reference_representation),
+        ("fold_quantize", fold_quantize),
+    ):
+        if not isinstance(value, bool):
+            raise SpecError(f"{name} is {type(value).__name__}, not a bool", where="convert_pt2e")
+    if use_reference_representation:
+        what = "use_reference_representation=True is not available in this version"
+        raise SpecError(what, where="convert_pt2e", remedy="Leave it False: the q/dq form is what backends read.")
