@@ -6,6 +6,7 @@ Both get the same exported graph and data, with their XNNPACKQuantizer and defau
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -100,7 +101,7 @@ def scaling(sizes: tuple[int, ...]) -> dict[str, float]:
         runs = [run_ours(graph, inputs) for _ in range(2)]
         figures[str(size)] = min(run["prepare_s"] + run["convert_s"] for run in runs)
     values = list(figures.values())
-    growth = ", ".join(f"{b / a:.2f}" for a, b in zip(values, values[1:], strict=False))
+    growth = ", ".join(f"{b / a:.2f}" for a, b in itertools.pairwise(values))
     print(f"{', '.join(map(str, sizes))} linears: {', '.join(f'{v:.2f} s' for v in values)}; per doubling: {growth}")
     return figures
 

@@ -26,6 +26,7 @@ from zeropoint.core.specs import PER_CHANNEL, QuantizationSpecBase, SharedQuanti
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.compat import is_tensor_value
 from zeropoint.graph.constants import constant_nodes
+from zeropoint.graph.memory import Memory
 
 
 def annotate_by_table(model: GraphModule, table: Table, rules: Rules) -> None:
@@ -33,7 +34,7 @@ def annotate_by_table(model: GraphModule, table: Table, rules: Rules) -> None:
 
     Each call of an operator gets a decision: quantized by a row, or float with the reason.
     """
-    context = Context(model, constant_nodes(model), set())
+    context = Context(model, constant_nodes(model), set(), Memory(model.graph))
     for node in model.graph.nodes:
         if node.op != "call_function" or is_annotated(node):
             _note_foreign_output(node, context)
@@ -108,6 +109,9 @@ def _fused(pattern: Pattern, head: Node, rules: Rules) -> tuple[Node, ...]:
 
 
 def _refusal(match: Match) -> str | None:
+    writer = next((w for n in (match.head, match.last) if (w := match.context.memory.write_from(n)) is not None), None)
+    if writer is not None:
+        return f"{writer.name} writes to its memory in place, and that change would be lost"
     for read in match.inputs():
         if not is_float32(read.source) and not isinstance(read.role, Bias):
             value = read.source.meta.get("val")

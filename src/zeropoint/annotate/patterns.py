@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from zeropoint.core.configs import QuantizationConfig
 from zeropoint.graph.bind import argument, bind
+from zeropoint.graph.memory import Memory
 
 Operators: TypeAlias = tuple[Any, ...]
 """Operator overloads that mean the same, in-place forms included."""
@@ -55,11 +56,13 @@ class Context:
         model: the graph module.
         constants: nodes whose value no input can change.
         quantized: nodes whose output has a spec so far; filled along the walk.
+        memory: which nodes write to memory that others read.
     """
 
     model: GraphModule
     constants: set[Node]
     quantized: set[Node]
+    memory: Memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,28 +8,21 @@ import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from zeropoint.graph.attributes import get_attribute
-from zeropoint.graph.bind import bind
 from zeropoint.graph.compat import OpOverload
+from zeropoint.graph.memory import shares_memory_with, written_by
 
 
 def mutated_attributes(graph: Graph) -> set[str]:
     """Returns the paths of the buffers that some operator of the graph writes to, through views too."""
     written: set[str] = set()
     for node in graph.nodes:
-        for source in _written_by(node):
-            written.update(_attributes_behind(source))
+        for source in written_by(node):
+            written.update(attributes_behind(source))
     return written
 
 
-def _written_by(node: Node) -> list[Node]:
-    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
-        return []
-    declared = node.target._schema.arguments
-    writes = {a.name for a in declared if a.alias_info is not None and a.alias_info.is_write}
-    return [value for name, value in bind(node).items() if name in writes and isinstance(value, Node)]
-
-
-def _attributes_behind(node: Node) -> set[str]:
+def attributes_behind(node: Node) -> set[str]:
+    """Returns the paths of the tensors whose memory the node's result may be."""
     found: set[str] = set()
     waiting, seen = [node], set[Node]()
     while waiting:
@@ -39,8 +32,8 @@ def _attributes_behind(node: Node) -> set[str]:
         seen.add(current)
         if current.op == "get_attr":
             found.add(str(current.target))
-        elif current.op == "call_function" and current.args and isinstance(current.args[0], Node):
-            waiting.append(current.args[0])
+        else:
+            waiting.extend(shares_memory_with(current))
     return found
 
 

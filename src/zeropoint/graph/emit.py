@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -21,31 +20,54 @@ def inherit(node: Node, origin: Node, pass_name: str) -> None:
     for key in INHERITED:
         if key in origin.meta and key not in node.meta:
             node.meta[key] = origin.meta[key]
-    node.meta.setdefault("from_node", created_from(origin, pass_name))
+    if "from_node" not in node.meta:
+        node.meta["from_node"] = created_from(origin, pass_name)
 
 
 class Emitter:
-    """Adds nodes before an anchor, with ``val`` computed and the anchor's metadata inherited."""
+    """Adds nodes before an anchor, with ``val`` computed and the anchor's metadata inherited.
 
-    def __init__(self, anchor: Node, pass_name: str) -> None:
+    Args:
+        anchor: the node before which nodes are added, and whose place in the user's program they inherit.
+        pass_name: recorded in their ``from_node``.
+        known: values found so far, by call; give one dictionary to the emitters of a pass, and equal calls on tensors
+            of equal sizes are computed once.
+    """
+
+    def __init__(self, anchor: Node, pass_name: str, known: dict[object, Any] | None = None) -> None:
+        self._known = {} if known is None else known
         self.graph: Graph = anchor.graph
         self._anchor = anchor
         self._pass_name = pass_name
         self._mode = fake_mode_of(self.graph)
 
-    @contextlib.contextmanager
-    def _place(self) -> Generator[None]:
-        with self.graph.inserting_before(self._anchor), self._mode or contextlib.nullcontext(), torch.no_grad():
-            yield
-
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Returns a new ``call_function`` node; its ``val`` is what the target gives for its arguments' values."""
-        with self._place():
+        with self.graph.inserting_before(self._anchor):
             node = self.graph.call_function(target, args, kwargs)
-            values, keywords = map_arg((args, kwargs), lambda n: n.meta["val"])
-            node.meta["val"] = target(*values, **keywords)
+        values, keywords = map_arg((args, kwargs), lambda n: n.meta["val"])
+        key = (target, _signature((values, keywords)))
+        if key not in self._known:
+            with self._mode or contextlib.nullcontext(), torch.no_grad():
+                self._known[key] = target(*values, **keywords)
+        node.meta["val"] = self._known[key]
         inherit(node, self._anchor, self._pass_name)
         return node
+
+
+def _signature(value: Any) -> object:
+    """Returns what the result's size and type depend on; what has a free size is equal to nothing else."""
+    match value:
+        case torch.Tensor() if all(isinstance(size, int) for size in value.shape):
+            return (tuple(value.shape), value.stride(), value.dtype, value.device)
+        case list() | tuple():
+            return tuple(_signature(item) for item in value)
+        case dict():
+            return tuple((name, _signature(item)) for name, item in value.items())
+        case None | bool() | int() | float() | str() | torch.dtype() | torch.device():
+            return (type(value), value)
+        case _:
+            return object()
 
 
 @torch.no_grad()

@@ -19,14 +19,15 @@ GUARDS = "_guards_fn"
 @graph_pass
 def canonicalize(model: GraphModule) -> None:
     """Removes the input checks that ``ExportedProgram.module()`` adds, and takes attention apart."""
+    known: dict[object, Any] = {}
     for node in list(model.graph.nodes):
         if node.op == "call_module" and node.target == GUARDS:
             model.graph.erase_node(node)
         elif node.target is aten.scaled_dot_product_attention.default:
-            decompose_attention(node)
+            decompose_attention(node, known)
 
 
-def decompose_attention(node: Node) -> None:
+def decompose_attention(node: Node, known: dict[object, Any]) -> None:
     """Replaces scaled dot product attention by ``softmax(q k^T scale + mask) v``, so that its products are operators.
 
     The definition is that of ``torch.nn.functional.scaled_dot_product_attention``. Attention with dropout is left.
@@ -34,7 +35,7 @@ def decompose_attention(node: Node) -> None:
     if argument(node, "dropout_p"):
         return
     query, key, value = (argument(node, name) for name in ("query", "key", "value"))
-    emit = Emitter(node, "decompose_attention")
+    emit = Emitter(node, "decompose_attention", known)
     if argument(node, "enable_gqa"):
         repeat = query.meta["val"].shape[-3] // key.meta["val"].shape[-3]
         key = emit.call(aten.repeat_interleave.self_int, key, repeat, -3)

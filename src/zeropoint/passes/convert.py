@@ -14,7 +14,7 @@ from zeropoint.core.dtypes import INTEGER_DTYPES, plain_dtype
 from zeropoint.core.errors import GraphError, SpecError
 from zeropoint.core.specs import PER_CHANNEL
 from zeropoint.graph.attributes import Names
-from zeropoint.graph.compat import created_from
+from zeropoint.graph.compat import created_from, fake_like
 from zeropoint.graph.constants import constant_nodes, evaluate
 from zeropoint.graph.emit import Emitter, complete_values, inherit
 from zeropoint.graph.graph_pass import bodies, graph_pass
@@ -113,7 +113,7 @@ class _Converter:
             self.model.register_buffer(self.buffers[key], value)
         with node.graph.inserting_before(node):
             read = node.graph.get_attr(self.buffers[key])
-        read.meta["val"] = node.meta["val"].new_empty(value.shape, dtype=value.dtype) if "val" in node.meta else value
+        read.meta["val"] = fake_like(node.meta["val"], value.shape, value.dtype) if "val" in node.meta else value
         inherit(read, node, PASS)
         return read
 
@@ -213,7 +213,7 @@ def _set_value(node: Node, source: Node, dtype: torch.dtype | None) -> None:
     """Gives a node the ``val`` of its source, of another dtype where one is given."""
     value = source.meta.get("val")
     if isinstance(value, torch.Tensor):
-        node.meta["val"] = value if dtype is None else torch.empty_like(value, dtype=dtype)
+        node.meta["val"] = value if dtype is None else fake_like(value, dtype=dtype)
 
 
 def require_observed(model: GraphModule) -> None:

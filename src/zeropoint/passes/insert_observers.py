@@ -7,12 +7,14 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from zeropoint.core.errors import AnnotationError
 from zeropoint.graph.attributes import Names, tensors_of
 from zeropoint.graph.bind import Site, reads, replace_read
-from zeropoint.graph.compat import OpOverload, created_from
-from zeropoint.graph.constants import constant_nodes
+from zeropoint.graph.compat import created_from
+from zeropoint.graph.constants import attributes_behind, constant_nodes
 from zeropoint.graph.emit import inherit
 from zeropoint.graph.graph_pass import graph_pass
+from zeropoint.graph.memory import Memory, shares_memory_with, written_by
 from zeropoint.graph.source import describe
 from zeropoint.passes.make_observers import Observers
 
@@ -24,6 +26,9 @@ def insert_observers(model: GraphModule, observers: Observers) -> None:
     """Adds a call of its observer after each tensor of the plan, and makes the sites read what it returns.
 
     A read whose observer is that of the producer's output, or of another read of the same tensor, uses the same call.
+
+    Raises:
+        AnnotationError: a tensor would be quantized whose memory is written to later, so that the write would be lost.
     """
     _Inserter(model, observers).run()
 
@@ -33,6 +38,7 @@ class _Inserter:
         self.model, self.observers = model, observers
         self.names = Names(model)
         self.constants = constant_nodes(model)
+        self.memory = Memory(model.graph)
         self.calls: dict[tuple[Node, int], Node] = {}
         """The call of an observer, by the tensor that it observes and the observer's id."""
         self.only_constants: dict[int, bool] = {}
@@ -43,7 +49,11 @@ class _Inserter:
     def run(self) -> None:
         for node in list(self.model.graph.nodes):
             for site, source in list(reads(node)):
-                if site in self.observers and not _writes_to_buffer(site, source):
+                if site not in self.observers or _writes_to_buffer(site, source):
+                    continue
+                if self.memory.is_rewritten(source):
+                    self._observe_now(site, source)
+                else:
                     self._observe_read(site, source)
             if Site(node) in self.observers:
                 self._observe_output(node)
@@ -55,7 +65,20 @@ class _Inserter:
         call = self.calls.get((source, id(observer))) or self._call(source, observer, str(site))
         replace_read(site, call)
 
+    def _observe_now(self, site: Site, source: Node) -> None:
+        """Observes memory that is written to just before it is read: that is the value which counts."""
+        if source in written_by(site.node):
+            _raise_lost_write(source, site.node)
+        if source in shares_memory_with(site.node) and (writer := self.memory.write_after(site.node)) is not None:
+            _raise_lost_write(source, writer)
+        call = self._call(source, self.observers[site], str(site))
+        site.node.prepend(call)
+        del self.calls[source, id(self.observers[site])]
+        replace_read(site, call)
+
     def _observe_output(self, node: Node) -> None:
+        if (writer := self.memory.write_after(node)) is not None:
+            _raise_lost_write(node, writer)
         readers = list(node.users)
         call = self._call(node, self.observers[Site(node)], "")
         for reader in readers:
@@ -85,12 +108,11 @@ class _Inserter:
 
 def _writes_to_buffer(site: Site, source: Node) -> bool:
     """True for what an operator writes to, when that is a buffer: observing it would cut the write off."""
-    target = site.node.target
-    if not isinstance(target, OpOverload):
-        return False
-    written = {a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-    if site.argument not in written:
-        return False
-    while source.op == "call_function" and source.args and isinstance(source.args[0], Node):
-        source = source.args[0]
-    return source.op == "get_attr"
+    return source in written_by(site.node) and bool(attributes_behind(source))
+
+
+def _raise_lost_write(node: Node, writer: Node) -> None:
+    what = f"it cannot be quantized: {describe(writer)} writes to its memory, and that change would be lost"
+    remedy = "Leave it float, write the model without the in-place operation, or take it out of the export: "
+    remedy += "exported_program.run_decompositions({}).module()."
+    raise AnnotationError(what, where=describe(node), remedy=remedy)

@@ -25,8 +25,10 @@ from zeropoint.graph.source import describe
 from zeropoint.passes.fold_batch_norm import CONVOLUTIONS, LINEAR, TRANSPOSED
 from zeropoint.passes.qparams_of import QParams, observe_constant, observer_of, qparams_of
 
-LARGEST_RAISE = 1 / 128
-CANDIDATES = 2 * int(2 / LARGEST_RAISE) + 3
+SMALLEST_DENOMINATOR = 256
+"""About the smallest ``q``: larger ones follow a scale more closely, smaller ones stay further from halves."""
+SMALLEST_RATIO = 2.0**-32
+"""Of ``M`` in XNNPACK's requantization; a smaller one cannot be reached by int8 data."""
 
 
 def steady_weight_scales(model: GraphModule) -> dict[int, QParams]:
@@ -56,21 +58,19 @@ def steady_weight_scales(model: GraphModule) -> dict[int, QParams]:
 
 
 def steady_scale(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Returns the smallest scale at or above ``w`` for which ``x w / y`` is a fraction of small odd denominator.
+    """Returns a scale, at most 1/128 above ``w``, for which ``x w / y`` is a fraction of small odd denominator.
+
+    ``p = ceil(256 M)`` and the largest odd ``q <= p / M``: then ``q >= 254``, and ``q <= 512`` where ``M >= 1/256``;
+    below, ``p = 1`` and halves lie midway between what neighbouring accumulators give.
 
     Args:
         x, y: scales of input and output, float32, shape ``(1,)``.
         w: scales of the weight, float32, shape ``(1,)`` or ``(channels,)``.
     """
-    ratio = (x.double() * w.double() / y.double()).clamp(min=1e-12)
-    odd = torch.arange(1, CANDIDATES, 2, dtype=torch.float64, device=w.device)
-    numerators = torch.ceil(ratio[:, None] * odd)
-    raises = numerators / odd / ratio[:, None] - 1
-    first = (raises <= LARGEST_RAISE).to(torch.int8).argmax(1)
-    found = numerators.gather(1, first[:, None])[:, 0] / odd[first]
-    reciprocal = 2 * torch.floor((1 / ratio - 1) / 2) + 1
-    fraction = torch.where(ratio <= LARGEST_RAISE / 2, 1 / reciprocal, found)
-    return (fraction * y.double() / x.double()).float()
+    ratio = (x.double() * w.double() / y.double()).clamp(min=SMALLEST_RATIO)
+    numerator = torch.ceil(ratio * SMALLEST_DENOMINATOR)
+    denominator = 2 * torch.floor((numerator / ratio - 1) / 2) + 1
+    return (numerator / denominator * y.double() / x.double()).float()
 
 
 def _observers(model: GraphModule, node: Node) -> tuple[Any, Any, Any] | None:

@@ -1,0 +1,77 @@
+"""Tensors by dotted path, and unused names."""
+
+import models
+import pytest
+import torch
+from torch import nn
+
+from zeropoint.core.errors import GraphError
+from zeropoint.graph.attributes import (
+    Names,
+    attribute_reads,
+    delete_attribute,
+    get_attribute,
+    set_parameter,
+    tensors_of,
+)
+
+
+def test_get_attribute_by_dotted_path():
+    model = models.exported(models.net)
+    assert get_attribute(model, "blocks.0.conv.weight").shape == (4, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("blocks.7.conv", "no attribute 'blocks.7.conv'"), ("nope", "'nope'"), ("blocks", "not a tensor")],
+)
+def test_get_attribute_names_the_path_that_has_no_tensor(path, words):
+    with pytest.raises(GraphError, match=words):
+        get_attribute(models.exported(models.net), path)
+
+
+def test_set_parameter_keeps_the_kind():
+    model = models.Applied(None, layer=nn.BatchNorm1d(3))
+    model.plain = torch.zeros(1)
+    set_parameter(model, "layer.weight", torch.full((3,), 2.0))
+    set_parameter(model, "layer.running_mean", torch.full((3,), 3.0))
+    set_parameter(model, "layer.num_batches_tracked", torch.tensor(4))
+    set_parameter(model, "plain", torch.ones(1))
+    assert isinstance(model.layer.weight, nn.Parameter)
+    assert model.layer.weight.requires_grad
+    assert not isinstance(model.layer.running_mean, nn.Parameter)
+    assert set(model.state_dict()) == {f"layer.{n}" for n in nn.BatchNorm1d(3).state_dict()}
+    assert model.plain.item() == 1
+
+
+def test_delete_attribute_removes_the_containers_that_it_leaves_empty():
+    model = nn.Module()
+    model.a, model.a.b, model.a.b.c = nn.Module(), nn.Module(), nn.Linear(1, 1, bias=False)
+    model.a.b.c = nn.Module()
+    model.a.b.c.weight = nn.Parameter(torch.ones(1))
+    delete_attribute(model, "a.b.c.weight")
+    assert not model._modules
+
+
+def test_delete_attribute_keeps_what_is_in_use():
+    model = nn.Sequential(nn.Linear(2, 2))
+    delete_attribute(model, "0.weight")
+    assert list(model.state_dict()) == ["0.bias"]
+
+
+def test_names_are_unused_and_cost_no_search_from_zero():
+    model = nn.Module()
+    model.obs_1 = torch.zeros(1)
+    names = Names(model)
+    assert [names.new("obs_") for _ in range(3)] == ["obs_0", "obs_2", "obs_3"]
+    assert names.new("other") == "other0"
+
+
+def test_tensors_of_lists_each_path_of_a_tied_tensor():
+    model = models.exported(models.linear)
+    model.register_parameter("tied", model.get_parameter("weight"))
+    assert set(tensors_of(model)) == {"weight", "bias", "tied"}
+
+
+def test_attribute_reads():
+    assert [node.target for node in attribute_reads(models.exported(models.linear).graph)] == ["weight", "bias"]

@@ -1,0 +1,108 @@
+"""The form that quantizers expect."""
+
+import models
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.nn import functional as F
+
+from zeropoint.graph.show import show
+from zeropoint.passes.canonicalize import canonicalize
+
+
+class Attention(nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, q, k, v, *mask):
+        return F.scaled_dot_product_attention(q, k, v, *mask, **self.settings)
+
+
+def tensors(heads=2, key_heads=2, rows=3, columns=4, *, value_width=6):
+    torch.manual_seed(0)
+    return (
+        torch.randn(1, heads, rows, 5),
+        torch.randn(1, key_heads, columns, 5),
+        torch.randn(1, key_heads, columns, value_width),
+    )
+
+
+def compare(settings, *inputs):
+    model = models.export(Attention(**settings), *inputs)
+    expected = model(*inputs)
+    canonicalize(model)
+    model.recompile()
+    assert torch.allclose(model(*inputs), expected, atol=1e-5)
+    return model
+
+
+def test_guards_are_removed():
+    model = models.exported(models.mlp)
+    canonicalize(model)
+    assert not [n for n in model.graph.nodes if n.op == "call_module"]
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_without_a_mask(scale):
+    model = compare({"scale": scale}, *tensors())
+    assert models.count(model, "matmul") == 2
+    assert models.count(model, "scaled_dot_product_attention") == 0
+    assert show(model).splitlines()[0] == f"mul_scalar = mul(q, {scale if scale else 5**-0.5:.4g})"
+
+
+def test_attention_with_a_boolean_mask():
+    mask = torch.rand(3, 4) > 0.4
+    mask[:, 0] = True
+    model = compare({}, *tensors(), mask)
+    assert models.count(model, "masked_fill") == 1
+
+
+def test_attention_with_a_float_mask():
+    model = compare({}, *tensors(), torch.randn(1, 1, 3, 4))
+    assert models.count(model, "add") == 1
+
+
+@pytest.mark.parametrize("columns", [3, 5])
+def test_causal_attention(columns):
+    compare({"is_causal": True}, *tensors(columns=columns))
+
+
+def test_grouped_query_attention():
+    compare({"enable_gqa": True}, *tensors(heads=4, key_heads=2))
+
+
+def test_three_dimensions():
+    compare({}, *(t[0] for t in tensors()))
+
+
+def test_attention_with_dropout_is_left():
+    model = models.export(Attention(dropout_p=0.5), *tensors())
+    canonicalize(model)
+    assert models.count(model, "scaled_dot_product_attention") == 1
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_free_sizes_stay_free(causal):
+    class Self(nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, x * 2, x + 1, is_causal=causal)
+
+    shapes = ({2: Dim("length", min=2, max=64)},)
+    model = torch.export.export(Self(), (torch.randn(1, 2, 3, 5),), dynamic_shapes=shapes).module()
+    canonicalize(model)
+    model.recompile()
+    longer = torch.randn(1, 2, 7, 5)
+    assert torch.allclose(model(longer), Self()(longer), atol=1e-5)
+
+
+def test_new_nodes_know_where_they_come_from():
+    model = models.export(Attention(), *tensors())
+    stack = models.find(model, "scaled_dot_product_attention").meta["stack_trace"]
+    canonicalize(model)
+    for node in model.graph.nodes:
+        if node.op == "call_function":
+            assert node.meta["stack_trace"] == stack
+            assert node.meta["val"] is not None
+            assert node.meta["from_node"]

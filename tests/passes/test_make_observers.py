@@ -1,0 +1,157 @@
+"""From groups to observers."""
+
+import functools
+import random
+
+import models
+import pytest
+import quantizers
+import torch
+from torch.fx import Graph
+
+from zeropoint.annotate.groups import resolve
+from zeropoint.annotate.plan import Plan
+from zeropoint.core.errors import AnnotationError, SpecError
+from zeropoint.core.specs import DerivedQuantizationSpec, FixedQParamsQuantizationSpec, QuantizationSpec
+from zeropoint.graph.bind import Site
+from zeropoint.numerics.fake_quantize import FakeQuantize, FixedQParamsFakeQuantize, FusedMovingAvgObsFakeQuantize
+from zeropoint.numerics.observers import (
+    FixedQParamsObserver,
+    MinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    PerChannelMinMaxObserver,
+)
+from zeropoint.passes.make_observers import make_observers
+
+aten = torch.ops.aten
+NOTHING = quantizers.ByHand(lambda model: None)
+
+
+def nodes(count):
+    graph = Graph()
+    x = graph.placeholder("x")
+    return [graph.call_function(aten.relu.default, (x,)) for _ in range(count)]
+
+
+def made(specs, **fixed):
+    plan = Plan({Site(node): spec for node, spec in specs.items()})
+    observers = make_observers(None, plan, resolve(plan), NOTHING, **fixed)
+    return [observers[Site(node)] for node in specs]
+
+
+def only(spec, **fixed):
+    return made({nodes(1)[0]: spec}, **fixed)[0]
+
+
+def test_a_measured_spec_passes_its_fields():
+    observer = only(quantizers.activation(quant_min=-100))
+    assert isinstance(observer, MinMaxObserver)
+    assert (observer.dtype, observer.quant_min, observer.quant_max) == (torch.int8, -100, 127)
+    assert observer.qscheme == torch.per_tensor_affine
+
+
+@pytest.mark.parametrize(
+    "constructor",
+    [
+        PerChannelMinMaxObserver,
+        PerChannelMinMaxObserver.with_args(eps=2**-12),
+        PerChannelMinMaxObserver.with_args(eps=2**-12).with_args(reduce_range=False),
+        functools.partial(PerChannelMinMaxObserver, eps=2**-12),
+        lambda **fields: PerChannelMinMaxObserver(**fields),
+        FakeQuantize.with_args(observer=PerChannelMinMaxObserver),
+        FakeQuantize.with_args(observer=PerChannelMinMaxObserver.with_args(eps=2**-12)),
+        FusedMovingAvgObsFakeQuantize.with_args(observer=MovingAveragePerChannelMinMaxObserver),
+    ],
+    ids=["class", "with_args", "with_args twice", "partial", "function", "fake", "fake with_args", "fused"],
+)
+def test_the_channel_axis_arrives_whatever_the_constructor(constructor):
+    observer = only(quantizers.weight(ch_axis=1, observer_or_fake_quant_ctr=constructor))
+    assert observer.ch_axis == 1
+    observer(torch.arange(6.0).reshape(2, 3))
+    assert observer.calculate_qparams()[0].shape == (3,)
+
+
+def test_an_observer_without_channels_is_not_given_an_axis():
+    observer = only(quantizers.activation(ch_axis=0))
+    assert isinstance(observer, MinMaxObserver)
+
+
+def test_fixed_specs():
+    spec = FixedQParamsQuantizationSpec(torch.uint8, 1 / 256, 3, 0, 255, torch.per_tensor_affine)
+    observer = only(spec)
+    assert isinstance(observer, FixedQParamsObserver)
+    assert [t.item() for t in observer.calculate_qparams()] == [1 / 256, 3]
+    fake = only(spec, fixed=lambda **k: FixedQParamsFakeQuantize(FixedQParamsObserver.with_args(**k)))
+    assert isinstance(fake, FixedQParamsFakeQuantize)
+
+
+def product(observers):
+    scales = [observer.calculate_qparams()[0] for observer in observers]
+    return scales[0] * scales[-1], torch.zeros(1, dtype=torch.int32)
+
+
+def derived(*sources):
+    return DerivedQuantizationSpec(list(sources), product, torch.int32, qscheme=torch.per_tensor_affine)
+
+
+def fixed(scale):
+    return FixedQParamsQuantizationSpec(torch.int8, scale, 0)
+
+
+def test_derived_specs_compute_with_the_observers_that_they_name():
+    a, b, c = nodes(3)
+    observer = made({c: derived(a, b), a: fixed(0.5), b: fixed(0.25)})[0]
+    assert observer.calculate_qparams()[0].item() == 0.125
+    assert observer.obs_or_fqs[0].scale.item() == 0.5
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_derived_specs_of_derived_specs_in_any_order(seed):
+    a, b, c, d = nodes(4)
+    specs = {a: fixed(0.5), b: derived(a, a), c: derived(b, a), d: derived(b, c, a)}
+    items = list(specs.items())
+    random.Random(seed).shuffle(items)
+    observers = dict(zip(dict(items), made(dict(items)), strict=True))
+    assert [observers[n].calculate_qparams()[0].item() for n in (b, c, d)] == [0.25, 0.125, 0.125]
+
+
+def test_a_source_that_derives_from_an_earlier_source_is_no_circle():
+    a, b, c, d = nodes(4)
+    observers = made({d: derived(b, c), c: derived(b, a), b: derived(a, a), a: fixed(0.5)})
+    assert observers[0].calculate_qparams()[0].item() == 0.03125
+
+
+def test_derived_specs_in_a_circle():
+    a, b = nodes(2)
+    with pytest.raises(AnnotationError, match="derived specs form a circle"):
+        made({a: derived(b), b: derived(a)})
+
+
+def test_a_long_chain_of_derived_specs_needs_no_recursion():
+    chain = nodes(3000)
+    specs = {node: derived(source) for node, source in zip(chain[1:], chain, strict=False)}
+    assert len(made(dict(reversed({chain[0]: fixed(0.5), **specs}.items())))) == 3000
+
+
+def test_sites_of_a_group_have_one_observer():
+    model = models.exported(models.branches)
+    quantizers.static(model)
+    from zeropoint.annotate.read import read_plan
+
+    plan = read_plan(model)
+    observers = make_observers(model, plan, resolve(plan), NOTHING)
+    cat = models.find(model, "cat")
+    assert len({id(observers[site]) for site in observers if site.node is cat}) == 1
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantizationSpec(torch.int8, lambda: None),
+        quantizers.activation(observer_or_fake_quant_ctr=MinMaxObserver.with_args(unknown=1)),
+        quantizers.activation(qscheme=torch.per_channel_affine, ch_axis=0),
+    ],
+)
+def test_an_observer_that_refuses_its_arguments(spec):
+    with pytest.raises(SpecError):
+        only(spec)
