@@ -16,16 +16,11 @@ from zeropoint.graph.attributes import Names, attribute_reads, get_attribute, se
 from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.emit import inherit
 from zeropoint.graph.graph_pass import graph_pass
+from zeropoint.graph.layers import LAYERS, LINEAR, TRANSPOSED, scale_outputs
 from zeropoint.graph.source import describe
 
 aten = torch.ops.aten
 
-CONVOLUTIONS = (
-    aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding,
-    aten.conv3d.default, aten.conv3d.padding,
-)  # fmt: skip
-TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
-LINEAR = (aten.linear.default,)
 NO_TRAINING = (aten._native_batch_norm_legit_no_training.default, aten._batch_norm_no_update.default)
 ALWAYS_TRAINING = (aten._batch_norm_with_update.default,)
 MULTIPLE = (
@@ -85,7 +80,7 @@ def _find(model: GraphModule, norm: Node) -> _Fold | str:
         if len(taken) != len(norm.users) or 0 not in taken or any(user.users for i, user in taken.items() if i):
             return "its statistics are read too"
         result = taken[0]
-    if layer.target not in (*CONVOLUTIONS, *TRANSPOSED, *LINEAR):
+    if layer.target not in LAYERS:
         return f"its input {describe(layer)} is no convolution or linear layer"
     if len(layer.users) > 1:
         others = ", ".join(user.name for user in layer.users if user is not norm)
@@ -156,18 +151,7 @@ def _folded_tensors(model: GraphModule, layer: Node, norm: Node) -> tuple[torch.
     shift = (torch.zeros_like(mean) if bias is None else bias) - mean
     shift = shift * factor if beta is None else shift * factor + beta
     dtype = get_attribute(model, str(argument(layer, "weight").target)).dtype
-    return _scale_outputs(layer, weight, factor).to(dtype), shift.to(dtype)
-
-
-def _scale_outputs(layer: Node, weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Multiplies each output channel of a weight. Shapes: conv ``(out, in/groups, k...)``, linear ``(out, in)``,
-    transposed conv ``(in, out/groups, k...)`` with the groups one after the other along the first axis.
-    """
-    if layer.target not in TRANSPOSED:
-        return weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
-    groups = argument(layer, "groups")
-    grouped = weight.reshape(groups, -1, *weight.shape[1:])
-    return (grouped * factor.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))).reshape(weight.shape)
+    return scale_outputs(layer, weight, factor).to(dtype), shift.to(dtype)
 
 
 def _new_parameters(layer: Node, weight: torch.Tensor, bias: torch.Tensor, tensors: _Tensors) -> tuple[Node, Node]:

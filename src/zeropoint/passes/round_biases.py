@@ -13,10 +13,9 @@ from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.emit import inherit
 from zeropoint.graph.graph_pass import graph_pass
+from zeropoint.graph.layers import LAYERS, PADS, TRANSPOSED
 from zeropoint.numerics import ops
-from zeropoint.passes.fold_batch_norm import CONVOLUTIONS, LINEAR, TRANSPOSED
 
-PADS = (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
 INT32 = torch.iinfo(torch.int32)
 
 
@@ -47,7 +46,7 @@ def round_biases(model: GraphModule) -> list[BiasRounding]:
     constants, names = constant_nodes(model), Names(model)
     found: list[BiasRounding] = []
     for node in list(model.graph.nodes):
-        if node.target not in (*CONVOLUTIONS, *TRANSPOSED, *LINEAR):
+        if node.target not in LAYERS:
             continue
         bias = argument(node, "bias")
         scale = bias_scale(model, node)

@@ -21,8 +21,8 @@ from zeropoint.core.specs import SYMMETRIC
 from zeropoint.graph.bind import argument
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.constants import constant_nodes, evaluate
+from zeropoint.graph.layers import LAYERS
 from zeropoint.graph.source import describe
-from zeropoint.passes.fold_batch_norm import CONVOLUTIONS, LINEAR, TRANSPOSED
 from zeropoint.passes.qparams_of import QParams, observe_constant, observer_of, qparams_of
 
 SMALLEST_DENOMINATOR = 256
@@ -39,7 +39,7 @@ def steady_weight_scales(model: GraphModule) -> dict[int, QParams]:
     constants = constant_nodes(model)
     chosen: dict[int, QParams] = {}
     for node in model.graph.nodes:
-        if node.target not in (*CONVOLUTIONS, *TRANSPOSED, *LINEAR):
+        if node.target not in LAYERS:
             continue
         observers = _observers(model, node)
         if observers is None:

@@ -10,10 +10,8 @@ from torch.fx import GraphModule, Node
 
 from zeropoint.core.processor import integer_dot_product
 from zeropoint.graph.bind import argument
+from zeropoint.graph.layers import CONVOLUTIONS, LAYERS, TRANSPOSED
 from zeropoint.numerics import ops
-from zeropoint.passes.fold_batch_norm import CONVOLUTIONS, LINEAR, TRANSPOSED
-
-GEMMS = (*CONVOLUTIONS, *TRANSPOSED, *LINEAR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +35,7 @@ def work_of(converted: GraphModule) -> Work:
     """Returns the multiply-accumulates of a converted model; free sizes count as 1."""
     integer = floating = depthwise = 0
     for node in converted.graph.nodes:
-        if node.target not in GEMMS:
+        if node.target not in LAYERS:
             continue
         amount = _multiply_accumulates(node)
         is_integer = argument(node, "weight").target in ops.DEQUANTIZE_OPS
