@@ -24,7 +24,9 @@ from zeropoint.runtime.executorch import Program
 
 BUILD = Path("build")
 ROUNDS = 31
-console = Console()
+console = Console(width=100)
+EQUAL_DB = 300.0
+"""What the file of figures says for outputs that are equal bit for bit: JSON has no infinity."""
 
 
 def single(program: Program) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -48,8 +50,8 @@ def show(network: Network) -> dict[str, Any]:
     result.stages_s["lower float, and all of torchao"] = time.perf_counter() - start
     figures, latencies = measure(network, files, inputs)
     figures["int8"] |= {
-        "runtime_sqnr_db": result.runtime_sqnr_db,
-        "float_sqnr_db": result.float_sqnr_db,
+        "runtime_sqnr_db": min(result.runtime_sqnr_db or 0.0, EQUAL_DB),
+        "float_sqnr_db": min(result.float_sqnr_db, EQUAL_DB),
         "delegates": result.delegates,
         "outside": [name for name, _ in result.outside],
     }
@@ -97,10 +99,14 @@ def print_table(network: Network, figures: dict[str, Any]) -> None:
     for title, text in rows:
         table.add_row(title, *(text(figures[name]) for name in columns))
     int8 = figures["int8"]
-    table.add_row("SQNR: file / converted", "", f"{int8['runtime_sqnr_db']:.1f} dB", "")
-    table.add_row("SQNR: converted / float", "", f"{int8['float_sqnr_db']:.1f} dB", "")
+    table.add_row("SQNR, file / converted", "", decibels(int8["runtime_sqnr_db"]), "")
+    table.add_row("SQNR, converted / float", "", decibels(int8["float_sqnr_db"]), "")
     console.print(table)
     print("stages: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in figures["stages_s"].items()))
+
+
+def decibels(value: float) -> str:
+    return "equal bit for bit" if value == EQUAL_DB else f"{value:.1f} dB"
 
 
 def explain_speed(result: zp.QuantizedModel, figures: dict[str, Any], times: dict[str, list[float]]) -> None:

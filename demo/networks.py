@@ -46,12 +46,14 @@ def _judge_waifu2x(run: Run) -> tuple[dict[str, float], torch.Tensor]:
 
 
 def _agree_pictures(reference: torch.Tensor, other: torch.Tensor) -> str:
+    if torch.equal(reference, other):
+        return "the same"
     return f"{float(waifu2x.psnr(other.clamp(0, 1), reference.clamp(0, 1)).mean()):.1f} dB"
 
 
 def _judge_efficientnet(run: Run) -> tuple[dict[str, float], torch.Tensor]:
     scores = efficientnet_lite0.metrics(run, batch=1)
-    return {"metric": scores.top1, "top5": scores.top5, "nll": scores.nll}, scores.logits
+    return {"metric": scores.top1, "top5": scores.top5, "nll": scores.negative_log_likelihood}, scores.logits
 
 
 def _agree_classes(reference: torch.Tensor, other: torch.Tensor) -> str:
@@ -64,10 +66,10 @@ NETWORKS = (
         "waifu2x upconv_7: 2x super-resolution, judged on 24 crops of photographs",
         "PSNR (dB)",
         lambda: waifu2x.load(1),
-        lambda: waifu2x.calibration(16, 1),
+        lambda: waifu2x.calibration(32, 1),
         _judge_waifu2x,
         _agree_pictures,
-        waifu2x.side_by_side,
+        lambda float_run, int8_run, path: waifu2x.side_by_side(float_run, int8_run, path, batch=1),
     ),
     Network(
         "efficientnet_lite0",

@@ -106,11 +106,12 @@ def bicubic(low: torch.Tensor) -> torch.Tensor:
     return enlarged[:, :, 2 * BORDER : -2 * BORDER, 2 * BORDER : -2 * BORDER].clamp(0, 1)
 
 
-def side_by_side(float_run: Run, int8_run: Run, path: str | Path) -> None:
-    """Writes a PNG: one row per crop of the first test batch; bicubic, float, int8, their difference times 20."""
+def side_by_side(float_run: Run, int8_run: Run, path: str | Path, batch: int = BATCH) -> None:
+    """Writes a PNG: one row for each of the first test crops; bicubic, float, int8, their difference times 20."""
     low, original = (tensor[:BATCH] for tensor in crops())
+    runs = {"bicubic": bicubic, "float": float_run, "int8": int8_run}
     with torch.no_grad():
-        columns = {"bicubic": bicubic(low), "float": float_run(low), "int8": int8_run(low)}
+        columns = {name: torch.cat([run(chunk) for chunk in low.split(batch)]) for name, run in runs.items()}
     difference = (columns["float"] - columns["int8"]).abs() * 20
     pictures = {
         f"{name}  {float(psnr(images, original).mean()):.2f} dB": images.clamp(0, 1) for name, images in columns.items()

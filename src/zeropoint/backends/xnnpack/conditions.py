@@ -16,6 +16,8 @@ from zeropoint.graph.constants import evaluate
 
 aten = torch.ops.aten
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
+MASKING = 1e4
+"""Added to attention scores, such a constant is a mask: -10000, -1e9, the smallest float or infinity."""
 MAX_DIMENSIONS = 6
 """XNN_MAX_TENSOR_DIMS: more fail to load."""
 
@@ -101,20 +103,23 @@ def not_a_mask(match: Match) -> str | None:
         operand = match.argument(name)
         if not match.is_constant(operand) and _is_made_of_integers(operand):
             return f"{operand.name} is computed from integers or booleans only: a mask or a position, not data"
-        if match.is_constant(operand) and _is_out_of_range(match, operand):
-            return f"{operand.name} holds infinite or huge values: a mask, not data"
+        if match.is_constant(operand) and (largest := _largest(match, operand)) >= MASKING:
+            return f"{operand.name} holds values up to {largest:.2g}: a mask, not data"
     return None
 
 
 def _is_made_of_integers(node: Node) -> bool:
+    """True where no float tensor goes in; single numbers, as in ``(1.0 - mask) * -10000``, do not count."""
     sources = [n for n in ({node} | ancestors(node)) if n.op in ("placeholder", "get_attr")]
     values = [n.meta.get("val") for n in sources]
-    return bool(values) and not any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values)
+    tensors = [value for value in values if isinstance(value, torch.Tensor) and value.dim() > 0]
+    return bool(tensors) and not any(value.is_floating_point() for value in tensors)
 
 
-def _is_out_of_range(match: Match, node: Node) -> bool:
-    value = evaluate(match.context.model, node)
-    return not bool((value.abs() < 1e15).all())
+def _largest(match: Match, node: Node) -> float:
+    """Returns the largest absolute value of a constant; NaN counts as infinite."""
+    value = evaluate(match.context.model, node).abs().nan_to_num(torch.inf, torch.inf)
+    return float(value.max()) if value.numel() else 0.0
 
 
 def two_different_tensors(match: Match) -> str | None:

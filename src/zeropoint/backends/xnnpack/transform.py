@@ -177,6 +177,7 @@ TO_ANNOTATE: Spellings = TO_LOWER | {
     aten.add.Tensor: _number_to_buffer,
     aten.add_.Tensor: _number_to_buffer,
     aten.sub.Tensor: _number_to_buffer,
+    aten.sub_.Tensor: _number_to_buffer,
     aten.mul.Tensor: _number_to_buffer,
     aten.mul_.Tensor: _number_to_buffer,
     aten.rsub.Scalar: _reversed_subtraction,
