@@ -43,7 +43,8 @@ def with_min_max() -> XNNPACKQuantizer:
 
 @torch.no_grad()
 def run_ours(graph: torch.fx.GraphModule, inputs: Inputs) -> dict[str, float]:
-    prepare_s, prepared = seconds(lambda: zp.prepare_pt2e(copy.deepcopy(graph), ours()))
+    copied = copy.deepcopy(graph)
+    prepare_s, prepared = seconds(lambda: zp.prepare_pt2e(copied, ours()))
     calibrate_s, _ = seconds(lambda: prepared(*inputs))
     convert_s, _ = seconds(lambda: zp.convert_pt2e(prepared))
     return {"prepare_s": prepare_s, "calibrate_s": calibrate_s, "convert_s": convert_s}
@@ -56,7 +57,8 @@ def run_torchao(graph: torch.fx.GraphModule, inputs: Inputs) -> dict[str, float]
 
     config = theirs.get_symmetric_quantization_config(is_per_channel=True)
     quantizer = theirs.XNNPACKQuantizer().set_global(config)
-    prepare_s, prepared = seconds(lambda: prepare_pt2e(copy.deepcopy(graph), quantizer))
+    copied = copy.deepcopy(graph)
+    prepare_s, prepared = seconds(lambda: prepare_pt2e(copied, quantizer))
     calibrate_s, _ = seconds(lambda: prepared(*inputs))
     convert_s, _ = seconds(lambda: convert_pt2e(prepared))
     return {"prepare_s": prepare_s, "calibrate_s": calibrate_s, "convert_s": convert_s}

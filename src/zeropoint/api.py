@@ -144,7 +144,7 @@ def quantize(
         prepared = prepare_pt2e(working, quantizer if quantizer is not None else _default_quantizer())
         _require_quantized(prepared)
     with stages.stage("calibrate"), torch.no_grad():
-        for inputs in stages.count(data, "calibrate"):
+        for inputs in stages.count(data, data.count, "calibrate"):
             prepared(*inputs)
     with stages.stage("convert"):
         converted = convert_pt2e(prepared)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class CalibrationData:
         data: batches, each a tuple of positional inputs or one tensor.
         model: the graph that they are for.
 
+    ``count`` is the number of batches, None where the iterable does not know; ``kept`` holds the first of them.
+
     Raises:
         CalibrationError: there is no batch, or one does not fit the model.
         NonFiniteError: an input holds NaN or infinity.
@@ -32,22 +34,12 @@ class CalibrationData:
 
     def __init__(self, data: Iterable[Any], model: GraphModule) -> None:
         self._model = model
-        self._size = len(data) if hasattr(data, "__len__") else None  # type: ignore[arg-type]
+        self.count = len(data) if isinstance(data, Sized) else None
         self._rest = enumerate(_iterate(data))
         self.kept = list(self._first())
         if not self.kept:
             remedy = "Give some batches of real data: 100 to 500 samples are enough for most models."
             raise CalibrationError("calibration_data is empty", where="quantize", remedy=remedy)
-
-    def __len__(self) -> int:
-        """Returns the number of batches.
-
-        Raises:
-            TypeError: the user's iterable does not know.
-        """
-        if self._size is None:
-            raise TypeError("the number of calibration batches is not known")
-        return self._size
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         """Yields every batch, once: the kept ones, then the others as they are read."""

@@ -12,6 +12,7 @@ from zeropoint.annotate.quantizer import Quantizer
 from zeropoint.annotate.read import read_plan
 from zeropoint.core.errors import SpecError
 from zeropoint.graph.capture import require_exported
+from zeropoint.graph.graph_pass import pipeline
 from zeropoint.graph.invariants import check_invariants
 from zeropoint.passes.annotate import annotate
 from zeropoint.passes.canonicalize import canonicalize
@@ -43,6 +44,7 @@ def prepare_pt2e(model: GraphModule, quantizer: Quantizer) -> GraphModule:
     return prepared
 
 
+@pipeline
 def prepare_with_plan(model: GraphModule, quantizer: Quantizer) -> tuple[GraphModule, Plan]:
     """Returns what ``prepare_pt2e`` returns, and the plan that it carried out."""
     require_exported(model)
@@ -57,6 +59,7 @@ def prepare_with_plan(model: GraphModule, quantizer: Quantizer) -> tuple[GraphMo
     return finish(model), plan
 
 
+@pipeline
 def convert_pt2e(
     model: GraphModule, use_reference_representation: bool = False, fold_quantize: bool = True
 ) -> GraphModule:

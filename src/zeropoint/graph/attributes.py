@@ -37,7 +37,8 @@ def set_parameter(model: nn.Module, path: str, value: torch.Tensor) -> None:
     """Puts a tensor at an existing dotted path, as what was there: parameter or buffer."""
     owner, name = owner_and_name(model, path)
     if name in owner._parameters:
-        owner._parameters[name] = nn.Parameter(value, requires_grad=value.is_floating_point())
+        before = owner._parameters[name]
+        owner._parameters[name] = nn.Parameter(value, requires_grad=before is not None and before.requires_grad)
     elif name in owner._buffers:
         owner._buffers[name] = value
     else:
@@ -69,10 +70,16 @@ class Names:
     def new(self, prefix: str) -> str:
         """Returns the next name with this prefix that the model does not have."""
         index = self._next.get(prefix, 0)
-        while hasattr(self._model, f"{prefix}{index}"):
+        while self._has(f"{prefix}{index}"):
             index += 1
         self._next[prefix] = index + 1
         return f"{prefix}{index}"
+
+    def _has(self, name: str) -> bool:
+        """As ``hasattr``, which takes a module ten times as long where the answer is no."""
+        model = self._model
+        holders = (model._modules, model._parameters, model._buffers, model.__dict__, type(model).__dict__)
+        return any(name in held for held in holders)
 
 
 def attribute_reads(graph: Graph) -> Iterator[Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from torch.fx import Node
@@ -23,6 +24,7 @@ def module_stack(node: Node) -> tuple[tuple[str, str], ...]:
     return tuple((_normal_path(path), _type_name(kind)) for path, kind in (stack or {}).values())
 
 
+@functools.lru_cache(4096)
 def _normal_path(path: str) -> str:
     dotted = _INDEX.sub(lambda m: "." + next(g for g in m.groups() if g is not None), _ROOT.sub("", path))
     return dotted.strip(".")
@@ -40,7 +42,13 @@ def module_path(node: Node) -> str:
 
 def source_line(node: Node) -> str:
     """Returns ``file:line`` of the user's innermost source line; empty when export kept none."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return _users_line(node.meta.get("stack_trace") or "")
+
+
+@functools.lru_cache(4096)
+def _users_line(stack_trace: str) -> str:
+    """Strings only are kept, and the nodes of a module called in a loop share theirs."""
+    frames = _FRAME.findall(stack_trace)
     own = [f for f in frames if not any(part in f[0] for part in _NOT_THE_USERS)]
     if not own:
         return ""

@@ -11,6 +11,7 @@ def finish(model: GraphModule) -> GraphModule:
     """Returns a new module of the same graph that holds just what the graph reads; metadata is kept."""
     for path, body in list(bodies(model)):
         setattr(model, path, finish(body))
+    model.graph.lint()
     finished = GraphModule(model, model.graph, type(model).__name__)
     finished.meta = dict(model.meta)
     finished.train(model.training)

@@ -13,6 +13,9 @@ from zeropoint.core.dtypes import checked_range, integer_range, plain_dtype
 from zeropoint.core.errors import CalibrationError
 from zeropoint.core.specs import PER_CHANNEL
 from zeropoint.numerics import ops
+from zeropoint.numerics.blocks import quantize_in_blocks
+
+IN_BLOCKS = (torch.int8, torch.uint8, torch.int16)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -27,9 +30,11 @@ class QParams:
     ch_axis: int | None
 
     def quantize(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the integers of a tensor, by the operator that the graph would use."""
+        """Returns the integers of a tensor, as the operator that the graph would use gives them."""
         limits = (self.quant_min, self.quant_max, self.dtype)
         tensor = tensor.float()
+        if self.dtype in IN_BLOCKS and not self.zero_point.is_floating_point():
+            return quantize_in_blocks(tensor, self.scale, self.zero_point, self.ch_axis, *limits)
         if self.ch_axis is None:
             return ops.QUANTIZE_PER_TENSOR(tensor, self.scale.item(), int(self.zero_point.item()), *limits)
         return ops.QUANTIZE_PER_CHANNEL(tensor, self.scale, self.zero_point, self.ch_axis, *limits)

@@ -35,9 +35,8 @@ class Stages:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
             self._write("")
 
-    def count(self, items: Iterable[T], name: str) -> Iterator[T]:
+    def count(self, items: Iterable[T], total: int | None, name: str) -> Iterator[T]:
         """Yields the items, with how many are done and the time left, where their number is known."""
-        total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
         start = time.perf_counter()
         for done, item in enumerate(items):
             passed = time.perf_counter() - start

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from zeropoint.core.errors import RuntimeFailure
+from zeropoint.core.errors import RuntimeFailure, ZeropointError
 
+CHILD = "import sys; from zeropoint.runtime.child import main; main(*sys.argv[1:])"
 Batches = Sequence[tuple[Any, ...]]
 
 
@@ -37,16 +40,27 @@ def run_in_child(pte: bytes, batches: Batches, *, timeout: float = 600.0) -> lis
 
 
 def _run(folder: str, count: int, timeout: float) -> None:
-    command = [sys.executable, "-m", "zeropoint.runtime.child", folder, str(count)]
+    command = [sys.executable, "-c", CHILD, folder, str(count)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=_environment())
     except subprocess.TimeoutExpired as error:
         raise RuntimeFailure(f"the runtime did not answer in {timeout:g} s", where="child process") from error
     if done.returncode == 0:
         return
     words = [line for line in done.stderr.strip().splitlines() if line.strip()][-5:]
-    cause = f"died of signal {-done.returncode}" if done.returncode < 0 else "failed"
+    cause = f"died of {_signal(-done.returncode)}" if done.returncode < 0 else "failed"
     raise RuntimeFailure(f"the runtime {cause}: " + " | ".join(words), where="child process")
+
+
+def _signal(number: int) -> str:
+    names = {each.value: each.name for each in signal.Signals}
+    return f"signal {number} ({names.get(number, 'unknown')})"
+
+
+def _environment() -> dict[str, str]:
+    """Returns this process's environment, in which the child finds the modules that this process found."""
+    places = dict.fromkeys([str(Path(__file__).resolve().parents[2]), *(str(Path(p).resolve()) for p in sys.path)])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
 
 
 def save_tensors(path: Path, tensors: Sequence[Any]) -> None:
@@ -63,14 +77,13 @@ def load_tensors(path: Path) -> tuple[torch.Tensor, ...]:
 
 
 def main(folder: str, count: str) -> None:
-    """The child: runs the program in the folder on each input file and writes the outputs."""
+    """The child: runs the program in the folder on each input file and writes the outputs; exits with an error's words."""
     from zeropoint.runtime.executorch import Program
 
-    program = Program.load(Path(folder, "model.pte"))
-    for i in range(int(count)):
-        outputs = program(*load_tensors(Path(folder, f"in{i}.npz")))
-        save_tensors(Path(folder, f"out{i}.npz"), outputs)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        program = Program.load(Path(folder, "model.pte"))
+        for i in range(int(count)):
+            outputs = program(*load_tensors(Path(folder, f"in{i}.npz")))
+            save_tensors(Path(folder, f"out{i}.npz"), outputs)
+    except ZeropointError as error:
+        sys.exit(str(error))

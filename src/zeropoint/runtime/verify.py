@@ -22,6 +22,12 @@ from zeropoint.runtime.child import Batches, run_in_child
 FLOOR_DB = 30.0
 """Below it a file does not compute its model: rounding alone leaves 40 dB and more."""
 
+aten = torch.ops.aten
+FUSED = (
+    aten.relu.default, aten.relu_.default, aten.relu6.default, aten.hardtanh.default, aten.hardtanh_.default,
+    aten.clamp.default,
+)  # fmt: skip
+"""Activations that a backend may compute with the layer before them: the two are not cut apart."""
 Q_AND_DQ = (*ops.QUANTIZE_OPS, *ops.DEQUANTIZE_OPS)
 Lower = Callable[[GraphModule, tuple[Any, ...]], bytes]
 
@@ -85,7 +91,7 @@ def _is_place(node: Node) -> bool:
         return False
     if any(source.target in ops.DEQUANTIZE_OPS for source in node.all_input_nodes) and _quantized(node) is None:
         following = sole_reader(node)
-        return following is None or _quantized(following) is None
+        return following is None or following.target not in FUSED or _quantized(following) is None
     return bool(node.all_input_nodes)
 
 

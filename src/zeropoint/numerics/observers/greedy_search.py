@@ -65,35 +65,42 @@ def _within(value: Any, low: int, high: int) -> int:
     return min(max(int(value), low), high)
 
 
-def cell_error(histogram: torch.Tensor, bin_width: float, start: int, end: int, cells: int) -> float:
+def _cells(places: NDArray[np.float32], width: np.float32, cells: int) -> NDArray[np.float32]:
+    """Returns the cell of each place. The quotient of two float32 in float64 is never rounded across an integer."""
+    quotients = places / np.float64(width)
+    return np.clip(np.floor(quotients, out=quotients), 0, cells - 1).astype(np.float32)
+
+
+def cell_error(histogram: NDArray[np.float32], bin_width: float, start: int, end: int, cells: int) -> float:
     """Returns the L2 error of rounding to the centres of ``cells`` equal cells laid over the bins ``start..end``.
 
     The values of a bin count as spread evenly over it; what lies outside of the cells goes to the outer two.
-    float32, in the field's order of operations, since the search compares errors that may differ in the last bit.
+    float32, in the field's order of operations, since the search compares errors that may differ in the last bit; the
+    sum is torch's, which adds in another order than numpy's.
     """
-    width = bin_width * (end - start + 1) / cells
-    if width == 0.0:
+    exact_width = bin_width * (end - start + 1) / cells
+    if exact_width == 0.0:
         return 0.0
-    begin = (torch.arange(len(histogram)) - start) * bin_width
-    finish = begin + bin_width
-    first = torch.div(begin, width, rounding_mode="floor").clamp_(0, cells - 1)
-    last = torch.div(finish, width, rounding_mode="floor").clamp_(0, cells - 1)
-    density = histogram / bin_width
-    half = torch.tensor(width / 2)
-    cube = half * half * half
-    from_begin = begin - (first + 0.5) * width
-    to_finish = finish - (last * width + width / 2)
-    norm = density * ((cube - from_begin * from_begin * from_begin) / 3)
-    norm += (last - first - 1) * (density * ((cube + cube) / 3))
-    norm += density * ((to_finish * to_finish * to_finish + cube) / 3)
-    return norm.sum().item()
+    width, bin_step, middle = np.float32(exact_width), np.float32(bin_width), np.float32(exact_width / 2)
+    begin = np.arange(-start, len(histogram) - start).astype(np.float32) * bin_step
+    finish = begin + bin_step
+    first, last = _cells(begin, width, cells), _cells(finish, width, cells)
+    density = histogram / bin_step
+    cube = middle * middle * middle
+    from_begin = begin - (first + np.float32(0.5)) * width
+    to_finish = finish - (last * width + middle)
+    norm = density * ((cube - from_begin * from_begin * from_begin) / np.float32(3))
+    norm += (last - first - np.float32(1)) * (density * ((cube + cube) / np.float32(3)))
+    norm += density * ((to_finish * to_finish * to_finish + cube) / np.float32(3))
+    return torch.from_numpy(norm).sum().item()
 
 
 def greedy_bins(histogram: torch.Tensor, bin_width: float, cells: int) -> tuple[int, int]:
     """Returns the first and the last bin of the range that the search ends with."""
     chosen, least = (0, len(histogram) - 1), float("inf")
+    counts: NDArray[np.float32] = histogram.numpy()
     for start, end in quantile_path(histogram):
-        error = cell_error(histogram, bin_width, start, end, cells)
+        error = cell_error(counts, bin_width, start, end, cells)
         if error > least:
             break
         chosen, least = (start, end), error

@@ -1,0 +1,235 @@
+"""``quantize``: what it makes, and what it says of input that it cannot use."""
+
+import builtins
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import zeropoint as zp
+from zeropoint import api
+from zeropoint.backends.xnnpack import XNNPACKQuantizer, get_default_quantization_config
+from zeropoint.core.errors import (
+    CalibrationError,
+    CaptureError,
+    FileError,
+    MissingExtraError,
+    NonFiniteError,
+    NothingQuantizedError,
+    RuleError,
+    SpecError,
+)
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).eval()
+
+
+def batches(count=4, batch=2):
+    random = torch.Generator().manual_seed(1)
+    return [(torch.randn(batch, 3, 8, 8, generator=random),) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def result():
+    return zp.quantize(small(), batches()[0], batches())
+
+
+def quantize_without_runtime(monkeypatch, *args, **kwargs):
+    """Runs ``quantize`` up to lowering, which costs seconds and is not what these tests are about."""
+    program = api.xnnpack.LoweredProgram(b"....ET12", 1, ())
+    monkeypatch.setattr(api.xnnpack, "lower_program", lambda *_, **__: program)
+    return zp.quantize(*args, verify=False, **kwargs)
+
+
+def test_the_summary_says_what_happened(result):
+    text = str(result)
+    assert "integer   4 of 4 operators: conv 1, view 1, linear 1" in text or "integer   4 of 4" in text
+    assert "weights   " in text
+    assert "1 delegate(s); left outside: nothing" in text
+    for stage in ("export", "equalize", "prepare", "calibrate", "convert", "correct biases", "lower", "verify"):
+        assert f"{stage} " in text
+        assert result.stages_s[stage] >= 0
+
+
+def test_the_file_does_not_hold_the_float_weights(result):
+    assert result.record.converted_bytes < 0.4 * result.record.float_bytes
+    assert not [n for n, t in result.model.state_dict().items() if t.is_floating_point() and t.numel() > 8]
+
+
+def test_the_users_model_is_left_alone(monkeypatch):
+    model = small().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quantize_without_runtime(monkeypatch, model, batches()[0], batches())
+    assert model.training
+    assert model[1].training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_exported_program_and_its_module_are_left_alone(monkeypatch):
+    exported = torch.export.export(small(), batches()[0])
+    module = exported.module()
+    nodes = [node.name for node in module.graph.nodes]
+    first = quantize_without_runtime(monkeypatch, exported, batches()[0], batches())
+    second = quantize_without_runtime(monkeypatch, module, batches()[0], batches())
+    assert [node.name for node in module.graph.nodes] == nodes
+    inputs = batches()[1]
+    assert torch.equal(first.model(*inputs), second.model(*inputs))
+
+
+def test_a_generator_of_single_tensors_is_data_too(monkeypatch):
+    listed = quantize_without_runtime(monkeypatch, small(), batches()[0], batches())
+    streamed = quantize_without_runtime(monkeypatch, small(), batches()[0], (x for (x,) in batches()))
+    assert torch.equal(listed.model(*batches()[0]), streamed.model(*batches()[0]))
+
+
+def test_progress_is_written_when_asked_for(monkeypatch, capsys):
+    quantize_without_runtime(monkeypatch, small(), batches()[0], batches(), progress=True)
+    assert "calibrate ..." in capsys.readouterr().err
+    quantize_without_runtime(monkeypatch, small(), batches()[0], batches())
+    assert capsys.readouterr().err == ""
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        ([], CalibrationError, "calibration_data is empty. Give some batches of real data"),
+        (3, CalibrationError, "calibration_data is int, not an iterable of batches"),
+        ("folder", CalibrationError, "calibration_data is str"),
+        (torch.zeros(4, 3, 8, 8), CalibrationError, "calibration_data is one tensor"),
+        ([{"x": 1}], CalibrationError, "calibration batch 0: is dict, not a tuple of inputs"),
+        ([(torch.zeros(2, 3, 8, 8), 1)], CalibrationError, "calibration batch 0: has 2 inputs, the model takes 1"),
+        ([(torch.zeros(2, 3, 9, 8),)], CalibrationError, r"has shape \(2, 3, 9, 8\); the model was exported for"),
+        ([(torch.zeros(2, 3, 8, 8).double(),)], CalibrationError, "is torch.float64; the model was exported for"),
+        ([(1.0,)], CalibrationError, "is float, not a tensor"),
+        ([*batches(2), (torch.full((2, 3, 8, 8), torch.nan),)], NonFiniteError, "calibration batch 2, input 'input'"),
+    ],
+)
+def test_bad_calibration_data(monkeypatch, data, error, words):
+    with pytest.raises(error, match=words):
+        quantize_without_runtime(monkeypatch, small(), batches()[0], data)
+
+
+class Explodes(nn.Module):
+    """Makes infinity of large inputs: the data is clean, the model is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.second(torch.exp(self.first(x)))
+
+
+def test_infinity_in_the_model_names_site_batch_and_operator():
+    torch.manual_seed(0)
+    model = torch.export.export(Explodes(), (torch.zeros(1, 4),)).module()
+    config = get_default_quantization_config()
+    prepared = zp.prepare_pt2e(model, XNNPACKQuantizer().set_global(config))
+    prepared(torch.ones(1, 4))
+    with pytest.raises(NonFiniteError) as caught:
+        prepared(torch.full((1, 4), 1e4))
+    assert "exp (exp)" in str(caught.value)
+    assert "linear_1.input" in str(caught.value)
+    assert "batch 1" in str(caught.value)
+
+
+def test_convert_without_data_names_the_tensor():
+    model = torch.export.export(small(), batches()[0]).module()
+    prepared = zp.prepare_pt2e(model, XNNPACKQuantizer().set_global(get_default_quantization_config()))
+    with pytest.raises(CalibrationError, match="input"):
+        zp.convert_pt2e(prepared)
+
+
+class BranchesOnData(nn.Module):
+    def forward(self, x):
+        return x + 1 if bool(x.sum() > 0) else x - 1
+
+
+def test_a_model_that_does_not_export(monkeypatch):
+    with pytest.raises(CaptureError, match=r"BranchesOnData: torch.export could not export the model"):
+        quantize_without_runtime(monkeypatch, BranchesOnData(), (torch.zeros(2),), [(torch.zeros(2),)])
+
+
+def test_a_rule_that_matches_nothing(monkeypatch):
+    quantizer = XNNPACKQuantizer().set_global(get_default_quantization_config()).set_module_name("hed", None)
+    with pytest.raises(RuleError, match=r"set_module_name\('hed'\): the rule matches no node.*modules: 0, 2, 3, 4"):
+        quantize_without_runtime(monkeypatch, small(), batches()[0], batches(), quantizer=quantizer)
+
+
+def test_nothing_to_quantize(monkeypatch):
+    data = [(torch.randn(2, 4),)]
+    with pytest.raises(NothingQuantizedError, match="softmax"):
+        quantize_without_runtime(monkeypatch, nn.Softmax(-1), data[0], data)
+
+
+def test_unknown_choices(monkeypatch):
+    with pytest.raises(SpecError, match=r"backend='tpu' is unknown. Use one of: 'xnnpack'"):
+        zp.quantize(small(), batches()[0], batches(), backend="tpu")
+    with pytest.raises(SpecError, match="Give a tuple of 'equalize', 'correct_biases'"):
+        zp.quantize(small(), batches()[0], batches(), accuracy=("magic",))
+    with pytest.raises(CaptureError, match="got list, not a model"):
+        zp.quantize([1], batches()[0], batches())
+
+
+def test_missing_extra(monkeypatch):
+    real = builtins.__import__
+
+    def without_executorch(name, *args, **kwargs):
+        if name.partition(".")[0] == "executorch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *args, **kwargs)
+
+    import importlib
+
+    monkeypatch.setattr(importlib, "import_module", lambda name: without_executorch(name))
+    with pytest.raises(MissingExtraError, match=r"pip install 'zeropoint\[executorch\]'"):
+        zp.quantize(small(), batches()[0], batches())
+
+
+# -- saving --------------------------------------------------------------------------------------------------------
+
+
+def test_save_is_whole_or_not_at_all(result, tmp_path, monkeypatch):
+    path = tmp_path / "model.pte"
+    assert result.save(path) == path
+    assert path.read_bytes() == result.pte
+    path.write_bytes(b"the old one")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, step, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                result.save(path)
+        assert path.read_bytes() == b"the old one"
+        assert [p.name for p in tmp_path.iterdir()] == ["model.pte"]
+
+
+def test_save_where_it_cannot_be(result, tmp_path):
+    with pytest.raises(FileError, match=r"cannot be written.*Create the folder"):
+        result.save(tmp_path / "nowhere" / "model.pte")
+
+
+def test_tied_weights_stay_one_tensor(monkeypatch):
+    inputs = (torch.randn(2, 8),)
+    result = quantize_without_runtime(monkeypatch, Tied(), inputs, [inputs])
+    frozen = [tensor for name, tensor in result.model.state_dict().items() if "_frozen_param" in name]
+    assert len(frozen) == 1
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
