@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +22,19 @@ from zeropoint.backends import xnnpack
 from zeropoint.calibration import CalibrationData
 from zeropoint.core.errors import NothingQuantizedError, SpecError
 from zeropoint.core.files import write_atomically
+from zeropoint.graph.attributes import get_attribute, set_parameter
 from zeropoint.graph.capture import capture
+from zeropoint.graph.constants import mutated_attributes
+from zeropoint.numerics.quantized_tensor import QuantizedTensor
 from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.passes.canonicalize import canonicalize
 from zeropoint.passes.fold_batch_norm import fold_batch_norm
 from zeropoint.report.coverage import CoverageRow, quantized_count
-from zeropoint.report.record import Record, record_of
+from zeropoint.report.record import Record, record_of, refresh_biases
 from zeropoint.report.speed import speed_note, work_of
 from zeropoint.report.stages import Stages
 from zeropoint.report.summary import bias_lines, coverage_lines, decibels, size_line
+from zeropoint.report.tensors import float_weight_lines, quantized_tensors
 from zeropoint.runtime.verify import verify as verify_file
 from zeropoint.workflow import convert_pt2e, prepare_pt2e
 
@@ -55,8 +59,8 @@ class QuantizedModel:
         stages_s: seconds that each stage took.
     """
 
-    model: GraphModule
-    pte: bytes
+    model: GraphModule = field(repr=False)
+    pte: bytes = field(repr=False)
     record: Record
     delegates: int
     outside: tuple[tuple[str, int], ...]
@@ -72,6 +76,10 @@ class QuantizedModel:
     def speed_note(self) -> str:
         """Returns why int8 may not be faster than float on this processor; empty where nothing speaks against it."""
         return speed_note(work_of(self.model))
+
+    def tensors(self) -> dict[str, QuantizedTensor]:
+        """Returns the weights that are stored as integers, by their path in the float model."""
+        return quantized_tensors(self.model)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the file, whole or not at all, and returns its path.
@@ -91,6 +99,7 @@ class QuantizedModel:
                 *coverage_lines(self.coverage),
                 *bias_lines(self.record.biases),
                 size_line(self.record.float_bytes, self.record.converted_bytes, "weights"),
+                *float_weight_lines(self.model, self.record.converted_bytes),
                 f"file      {len(self.pte):,} bytes; {self.delegates} delegate(s); left outside: {left}",
                 f"outputs   against float {decibels(self.float_sqnr_db)}; file against converted model: {file}",
                 *speed,
@@ -136,7 +145,7 @@ def quantize(
     _check_accuracy(accuracy)
     stages = Stages(progress)
     with stages.stage("export"):
-        float_model = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
+        float_model = _copy(capture(model, example_inputs, dynamic_shapes=dynamic_shapes))
         data = CalibrationData(calibration_data, float_model)
     with stages.stage("equalize"):
         working, reference = _improve(float_model, data, accuracy)
@@ -150,6 +159,7 @@ def quantize(
         converted = convert_pt2e(prepared)
     with stages.stage("correct biases"):
         correct_biases(converted, data.kept, reference)
+        refresh_biases(converted)
     with stages.stage("lower"):
         lowered = xnnpack.lower_program(converted, example_inputs, dynamic_shapes=dynamic_shapes)
     with stages.stage("verify"):
@@ -163,8 +173,8 @@ def quantize(
 
 
 def _check_accuracy(accuracy: Sequence[str]) -> None:
-    unknown = [name for name in accuracy if name not in ACCURACY]
-    if unknown or isinstance(accuracy, str):
+    known = isinstance(accuracy, (tuple, list)) and all(name in ACCURACY for name in accuracy)
+    if not known:
         remedy = f"Give a tuple of {', '.join(repr(name) for name in ACCURACY)}; () for none."
         raise SpecError(f"accuracy={accuracy!r} is unknown", where="quantize", remedy=remedy)
 
@@ -191,8 +201,11 @@ def _default_quantizer() -> Quantizer:
 
 
 def _copy(model: GraphModule) -> GraphModule:
-    """Returns the model with a graph of its own; its tensors are shared, and no stage writes to them."""
-    return GraphModule(model, copy.deepcopy(model.graph))
+    """Returns the model with a graph of its own, and buffers of its own where it writes to them; others are shared."""
+    copied = GraphModule(model, copy.deepcopy(model.graph))
+    for path in mutated_attributes(copied.graph):
+        set_parameter(copied, path, get_attribute(copied, path).detach().clone())
+    return copied
 
 
 def _require_quantized(prepared: GraphModule) -> None:

@@ -56,7 +56,14 @@ def test_attention_with_a_boolean_mask():
     mask = torch.rand(3, 4) > 0.4
     mask[:, 0] = True
     model = compare({}, *tensors(), mask)
-    assert models.count(model, "masked_fill") == 1
+    assert models.count(model, "masked_fill") == 2
+
+
+def test_a_row_that_is_hidden_as_a_whole_gives_zeros():
+    mask = torch.rand(3, 4) > 0.4
+    mask[1] = False
+    model = compare({}, *tensors(), mask)
+    assert not model(*tensors(), mask)[..., 1, :].any()
 
 
 def test_attention_with_a_float_mask():

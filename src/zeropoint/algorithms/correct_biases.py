@@ -26,7 +26,7 @@ SIGNIFICANCE = 2.0
 def channel_means(model: GraphModule, batches: Sequence[tuple[Any, ...]]) -> dict[str, torch.Tensor]:
     """Returns, for each layer by name, the mean of each output channel of each sample: ``(samples, channels)``."""
     found: dict[str, list[torch.Tensor]] = {}
-    layers = [node for node in model.graph.nodes if node.target in LAYERS]
+    layers = [node for node in model.graph.nodes if node.target in LAYERS and node.meta["val"].dim() > 1]
     watch(model, batches, layers, lambda node, value: found.setdefault(node.name, []).append(_means(node, value)))
     return {name: torch.cat(means) for name, means in found.items()}
 
@@ -124,6 +124,6 @@ def significant(shift: torch.Tensor) -> torch.Tensor:
     """
     mean = shift.mean(0)
     if len(shift) < 2:
-        return mean
+        return torch.zeros_like(mean)
     error = shift.std(0) / len(shift) ** 0.5
     return torch.where(mean.abs() >= SIGNIFICANCE * error, mean, torch.zeros_like(mean))

@@ -6,6 +6,7 @@ equalize weights; here it is activations, from calibration data, since weights g
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from zeropoint.algorithms.watch import watch
-from zeropoint.graph.attributes import get_attribute, set_parameter
+from zeropoint.core.errors import NonFiniteError
+from zeropoint.graph.attributes import attribute_reads, get_attribute, set_parameter
 from zeropoint.graph.bind import argument
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.layers import LAYERS, PADS, channel_axis, output_channels, scale_inputs, scale_outputs
+from zeropoint.graph.source import describe
 
 aten = torch.ops.aten
 
@@ -59,9 +62,10 @@ def equalize(model: GraphModule, batches: Sequence[tuple[Any, ...]]) -> list[Pai
 def find_pairs(model: GraphModule) -> list[Pair]:
     """Returns the pairs of a graph in order."""
     layers = [node for node in model.graph.nodes if node.op == "call_function" and node.target in LAYERS]
+    times_read = Counter(str(node.target) for node in attribute_reads(model.graph))
     pairs = ((layer, _next_layer(layer)) for layer in layers)
     found = [Pair(first, second) for first, second in pairs if second is not None]
-    return [pair for pair in found if all(_owns_tensors(model, layer) for layer in (pair.first, pair.second))]
+    return [pair for pair in found if all(_owns_tensors(layer, times_read) for layer in (pair.first, pair.second))]
 
 
 def _next_layer(layer: Node) -> Node | None:
@@ -78,18 +82,14 @@ def _pads_with_zero(node: Node) -> bool:
     return node.target in PADS and argument(node, "mode") in (None, "constant") and not argument(node, "value")
 
 
-def _owns_tensors(model: GraphModule, layer: Node) -> bool:
+def _owns_tensors(layer: Node, times_read: Counter[str]) -> bool:
     """True when weight and bias are float parameters that nothing else reads."""
     read = [argument(layer, name) for name in ("weight", "bias")]
     return all(
-        node.op == "get_attr" and len(node.users) == 1 and _times_read(model, str(node.target)) == 1
+        node.op == "get_attr" and len(node.users) == 1 and times_read[str(node.target)] == 1
         for node in read
         if isinstance(node, Node)
     )
-
-
-def _times_read(model: GraphModule, path: str) -> int:
-    return sum(node.op == "get_attr" and node.target == path for node in model.graph.nodes)
 
 
 Range = tuple[torch.Tensor, torch.Tensor]
@@ -102,6 +102,9 @@ def _ranges(model: GraphModule, batches: Sequence[tuple[Any, ...]], layers: list
     def look(node: Node, value: torch.Tensor) -> None:
         channels = value.movedim(channel_axis(node), 0).reshape(output_channels(node), -1)
         low, high = torch.aminmax(channels, dim=1)
+        if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+            what = "it returns NaN or infinity on the calibration data, in float"
+            raise NonFiniteError(what, where=describe(node), remedy="Look at the data and at this layer's weights.")
         if node in found:
             low, high = torch.minimum(low, found[node][0]), torch.maximum(high, found[node][1])
         found[node] = (low, high)

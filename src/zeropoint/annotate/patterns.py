@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -13,6 +13,7 @@ from zeropoint.core.configs import QuantizationConfig
 from zeropoint.graph.bind import argument, bind
 from zeropoint.graph.memory import Memory
 
+T = TypeVar("T")
 Operators: TypeAlias = tuple[Any, ...]
 """Operator overloads that mean the same, in-place forms included."""
 
@@ -63,6 +64,13 @@ class Context:
     constants: set[Node]
     quantized: set[Node]
     memory: Memory
+    _found: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, find: Callable[[GraphModule], T]) -> T:
+        """Returns what a function finds in the graph; it looks only once."""
+        if find not in self._found:
+            self._found[find] = find(self.model)
+        return self._found[find]
 
 
 @dataclass(frozen=True, slots=True)

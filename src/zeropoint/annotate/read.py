@@ -16,6 +16,7 @@ from zeropoint.core.specs import (
     QuantizationSpecBase,
     SharedQuantizationSpec,
 )
+from zeropoint.graph.attributes import attribute_reads
 from zeropoint.graph.bind import Site, reads
 from zeropoint.graph.compat import is_tensor_value
 from zeropoint.graph.graph_pass import bodies
@@ -37,7 +38,25 @@ def read_plan(model: GraphModule) -> Plan:
             _read_inputs(plan, node, annotation)
             _read_output(plan, node, annotation)
     plan.decisions.update(decisions_of(model.graph.nodes))
+    _check_tied(model, plan)
     return plan
+
+
+def _check_tied(model: GraphModule, plan: Plan) -> None:
+    """Raises when one parameter is quantized for one reader and left float, by a rule, for another of the same kind."""
+    for parameter in attribute_reads(model.graph):
+        sites = [site for reader in parameter.users for site, read in reads(reader) if read is parameter]
+        chosen = [site for site in sites if site in plan.specs]
+        left = [site for site in sites if site not in plan.specs and _left_out_by_rule(plan, site.node)]
+        if chosen and left and chosen[0].argument == left[0].argument:
+            what = f"the parameter {parameter.target} is tied: {chosen[0]} is quantized and {left[0]} is left float"
+            remedy = "Give both layers the same rule; one tensor is stored once."
+            raise AnnotationError(what, where=describe(left[0].node), remedy=remedy)
+
+
+def _left_out_by_rule(plan: Plan, node: Node) -> bool:
+    decision = plan.decisions.get(node)
+    return decision is not None and (decision.refusal or "").endswith("leaves it out")
 
 
 def _read_inputs(plan: Plan, node: Node, annotation: Any) -> None:

@@ -15,6 +15,8 @@ from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.source import module_stack, operator_name
 
 Choice = QuantizationConfig | None
+WRITTEN_KEY = "zeropoint_written_as"
+"""Metadata of a node that a backend spelled anew: the operator that the user wrote."""
 NOT_SELECTED = "no rule selects it"
 
 
@@ -43,8 +45,9 @@ class Rules:
         for _, kind in reversed(stack):
             if kind in self.by_module_type:
                 return self.by_module_type[kind], f"set_module_type({kind}, None) leaves it out"
-        if node.target in self.by_operator:
-            return self.by_operator[node.target], f"set_operator_type({node.target}, None) leaves it out"
+        for target in targets_of(node):
+            if target in self.by_operator:
+                return self.by_operator[target], f"set_operator_type({target}, None) leaves it out"
         return self.everything, NOT_SELECTED
 
     def leaves_out(self, node: Node) -> bool:
@@ -74,10 +77,17 @@ class Rules:
             if kind not in kinds:
                 raise _unmatched(f"set_module_type({kind})", "module types", kinds)
         for target in self.by_operator:
-            if not any(node.target == target for node in nodes):
+            if not any(target in targets_of(node) for node in nodes):
                 raise _unmatched(f"set_operator_type({target})", "operators", sorted({operator_name(n) for n in nodes}))
         if self.filter_function is not None and not any(self.filter_function(node) for node in nodes):
             raise RuleError("it accepts no node of the model", where="set_filter_function")
+
+
+def targets_of(node: Node) -> tuple[Any, ...]:
+    """Returns the operator of a node, its packet, and the operator that the user wrote where it was spelled anew."""
+    written = node.meta.get(WRITTEN_KEY, node.target)
+    own = (node.target, getattr(node.target, "overloadpacket", node.target))
+    return own if written is node.target else (*own, written, getattr(written, "overloadpacket", written))
 
 
 def _calls(model: GraphModule) -> Iterable[Node]:

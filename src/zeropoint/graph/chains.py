@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch.fx import Node
 
 
@@ -22,8 +20,3 @@ def ancestors(node: Node) -> set[Node]:
             seen.add(current)
             waiting.extend(current.all_input_nodes)
     return seen
-
-
-def earliest(nodes: Iterable[Node], order: dict[Node, int]) -> Node:
-    """Returns the node that comes first in the graph."""
-    return min(nodes, key=order.__getitem__)

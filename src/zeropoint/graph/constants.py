@@ -11,6 +11,9 @@ from zeropoint.graph.attributes import get_attribute
 from zeropoint.graph.compat import OpOverload
 from zeropoint.graph.memory import shares_memory_with, written_by
 
+FLOAT_PATH_KEY = "zeropoint_float_path"
+"""Metadata of a constant that stands for another: the path of what it was made of."""
+
 
 def mutated_attributes(graph: Graph) -> set[str]:
     """Returns the paths of the buffers that some operator of the graph writes to, through views too."""

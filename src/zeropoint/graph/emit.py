@@ -11,7 +11,17 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 from zeropoint.graph.attributes import owner_and_name
 from zeropoint.graph.compat import created_from, fake_mode_of
 
-INHERITED = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn", "custom", "seq_nr", "partitioner_tag")
+INHERITED = (
+    "debug_handle",
+    "quantization_tag",
+    "nn_module_stack",
+    "source_fn_stack",
+    "stack_trace",
+    "torch_fn",
+    "custom",
+    "seq_nr",
+    "partitioner_tag",
+)
 """Metadata that a node passes on to the nodes that replace it."""
 
 

@@ -36,7 +36,10 @@ def check_inputs(model: GraphModule, inputs: tuple[Any, ...], where: str) -> Non
     leaves = pytree.tree_leaves(inputs)
     if len(leaves) != len(placeholders):
         what = f"has {len(leaves)} inputs, the model takes {len(placeholders)}"
-        raise CalibrationError(what, where=where, remedy=f"They are: {', '.join(str(p.target) for p in placeholders)}.")
+        remedy = (
+            f"They are: {', '.join(str(p.target) for p in placeholders)}. Leave labels out: [(x,) for x, _ in data]."
+        )
+        raise CalibrationError(what, where=where, remedy=remedy)
     for placeholder, value in zip(placeholders, leaves, strict=True):
         expected = placeholder.meta.get("val")
         if isinstance(expected, torch.Tensor):
@@ -56,6 +59,8 @@ def _check(value: Any, expected: torch.Tensor, where: str) -> None:
     if value.dtype != expected.dtype:
         what = f"is {value.dtype}; the model was exported for {expected.dtype}"
         raise CalibrationError(what, where=where, remedy=f"Convert it: x.to({expected.dtype}).")
+    if not value.numel():
+        raise CalibrationError(f"is empty: its shape is {tuple(value.shape)}", where=where, remedy="Leave it out.")
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         bad = int((~torch.isfinite(value)).sum())
         raise NonFiniteError(f"holds {bad} NaN or infinite values", where=where, remedy="Clean the data.")

@@ -5,15 +5,25 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from zeropoint.annotate.quantizer import Quantizer
-from zeropoint.core.errors import AnnotationError
+from zeropoint.core.errors import AnnotationError, SpecError
 from zeropoint.graph.graph_pass import bodies
 
 
 def annotate(model: GraphModule, quantizer: Quantizer) -> GraphModule:
     """Returns the model as the quantizer transformed and annotated it; ``validate`` sees the whole of it."""
+    _check_quantizer(quantizer)
     model = _annotate(model, quantizer)
     quantizer.validate(model)
     return model
+
+
+def _check_quantizer(quantizer: object) -> None:
+    methods = ("transform_for_annotation", "annotate", "validate", "prepare_obs_or_fq_callback")
+    missing = [name for name in methods if not callable(getattr(quantizer, name, None))]
+    if missing or isinstance(quantizer, type):
+        name = quantizer.__name__ if isinstance(quantizer, type) else type(quantizer).__name__
+        what = f"{name} is no quantizer object" + (f": it has no {', '.join(missing)}" if missing else "")
+        raise SpecError(what, where="prepare_pt2e", remedy="Give e.g. XNNPACKQuantizer().set_global(config).")
 
 
 def _annotate(model: GraphModule, quantizer: Quantizer) -> GraphModule:

@@ -44,24 +44,29 @@ def decompose_attention(node: Node, known: dict[object, Any]) -> None:
     factor = 1.0 / math.sqrt(query.meta["val"].shape[-1]) if scale is None else scale
     scaled = emit.call(aten.mul.Scalar, query, factor)
     scores = emit.call(aten.matmul.default, scaled, emit.call(aten.transpose.int, key, -2, -1))
-    scores = _mask(emit, scores, argument(node, "attn_mask"), bool(argument(node, "is_causal")))
+    hidden, scores = _mask(emit, scores, argument(node, "attn_mask"), bool(argument(node, "is_causal")))
     weights = emit.call(aten.softmax.int, scores, -1)
+    if hidden is not None:  # A row that is hidden as a whole gives 0, not NaN: left padding makes such rows.
+        nothing = emit.call(aten.all.dim, hidden, -1, True)
+        weights = emit.call(aten.masked_fill.Scalar, weights, nothing, 0.0)
     result = emit.call(aten.matmul.default, weights, value)
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
 
 
-def _mask(emit: Emitter, scores: Node, mask: Any, is_causal: bool) -> Node:
+def _mask(emit: Emitter, scores: Node, mask: Any, is_causal: bool) -> tuple[Node | None, Node]:
+    """Returns what the user's boolean mask hides, None where there is none, and the masked scores."""
     if is_causal:
         sizes = [_size(emit, scores, axis) for axis in (-2, -1)]
         full = emit.call(aten.ones.default, sizes, dtype=torch.bool, device=scores.meta["val"].device)
-        mask = emit.call(aten.tril.default, full)
+        hidden = emit.call(aten.logical_not.default, emit.call(aten.tril.default, full))
+        return None, emit.call(aten.masked_fill.Scalar, scores, hidden, float("-inf"))
     if mask is None:
-        return scores
+        return None, scores
     if mask.meta["val"].dtype != torch.bool:
-        return emit.call(aten.add.Tensor, scores, mask)
+        return None, emit.call(aten.add.Tensor, scores, mask)
     hidden = emit.call(aten.logical_not.default, mask)
-    return emit.call(aten.masked_fill.Scalar, scores, hidden, float("-inf"))
+    return hidden, emit.call(aten.masked_fill.Scalar, scores, hidden, float("-inf"))
 
 
 def _size(emit: Emitter, node: Node, axis: int) -> int | Node:

@@ -15,7 +15,7 @@ from zeropoint.core.errors import GraphError, SpecError
 from zeropoint.core.specs import PER_CHANNEL
 from zeropoint.graph.attributes import Names
 from zeropoint.graph.compat import created_from, fake_like
-from zeropoint.graph.constants import constant_nodes, evaluate
+from zeropoint.graph.constants import FLOAT_PATH_KEY, constant_nodes, evaluate
 from zeropoint.graph.emit import Emitter, complete_values, inherit
 from zeropoint.graph.graph_pass import bodies, graph_pass
 from zeropoint.graph.source import describe
@@ -139,6 +139,7 @@ class _Converter:
         frozen.meta = {**source.meta}
         _set_value(frozen, source, qparams.dtype)
         frozen.meta["from_node"] = created_from(source, PASS)
+        frozen.meta[FLOAT_PATH_KEY] = _float_path(source)
         self.frozen[key] = frozen
         return frozen
 
@@ -185,6 +186,13 @@ class _Converter:
         node.replace_all_uses_with(emit.call(CONVERT_ELEMENT_TYPE, half, dtype))
 
 
+def _float_path(source: Node) -> str:
+    """Returns the path of the parameter that a constant is, or is made of."""
+    while source.op != "get_attr" and source.all_input_nodes:
+        source = source.all_input_nodes[0]
+    return str(source.target)
+
+
 def every(node: Node) -> bool:
     """Folds each constant."""
     del node
@@ -223,7 +231,7 @@ def require_observed(model: GraphModule) -> None:
         GraphError: says so.
     """
     if not _has_observers(model):
-        remedy = "Give the result of prepare_pt2e or prepare_qat_pt2e; convert it once."
+        remedy = "Give the result of prepare_pt2e, of a quantizer that annotates something; convert it once."
         raise GraphError("the model has no observers", where="convert_pt2e", remedy=remedy)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.plan import Plan
 from zeropoint.core.policy import BackendPolicy
-from zeropoint.graph.attributes import tensors_of
+from zeropoint.graph.attributes import get_attribute, tensors_of
+from zeropoint.graph.bind import argument
 from zeropoint.passes.round_biases import BiasRounding
 from zeropoint.report.coverage import CoverageRow, coverage
 
@@ -54,6 +55,19 @@ def record_of(model: GraphModule) -> Record:
 def finish_record(model: GraphModule, biases: tuple[BiasRounding, ...]) -> None:
     """Completes the record of a converted model."""
     model.meta[RECORD_KEY] = replace(record_of(model), converted_bytes=model_bytes(model), biases=biases)
+
+
+def refresh_biases(model: GraphModule) -> None:
+    """Takes channels off the record of biases that round to 0 which a later correction has lifted off it."""
+    layers = {node.name: node for node in model.graph.nodes}
+    kept: list[BiasRounding] = []
+    for bias in record_of(model).biases:
+        read = argument(layers[bias.node], "bias") if bias.node in layers else None
+        if isinstance(read, Node) and read.op == "get_attr":
+            values = get_attribute(model, str(read.target)).detach().flatten()
+            bias = replace(bias, to_zero=tuple(c for c in bias.to_zero if values[c] == 0))
+        kept.append(bias)
+    model.meta[RECORD_KEY] = replace(record_of(model), biases=tuple(kept))
 
 
 def model_bytes(model: GraphModule) -> int:

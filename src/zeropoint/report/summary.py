@@ -13,7 +13,7 @@ from zeropoint.report.coverage import CoverageRow
 def coverage_lines(rows: Iterable[CoverageRow], most: int = 12) -> list[str]:
     """Returns what runs in integers by pattern, and what stays float, with the reasons."""
     rows = list(rows)
-    integer = Counter(row.pattern or row.operator for row in rows if row.is_quantized)
+    integer = Counter(row.operator for row in rows if row.is_quantized)
     reasons: dict[tuple[str, str], list[CoverageRow]] = defaultdict(list)
     for row in rows:
         if not row.is_quantized:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,10 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 from zeropoint.core.errors import RuntimeFailure, ZeropointError
 
 CHILD = "import sys; from zeropoint.runtime.child import main; main(*sys.argv[1:])"
+NOISE = "[cpuinfo_utils"
+"""How lines begin that the runtime prints whenever it starts."""
 Batches = Sequence[tuple[Any, ...]]
 
 
@@ -34,7 +38,7 @@ def run_in_child(pte: bytes, batches: Batches, *, timeout: float = 600.0) -> lis
     with tempfile.TemporaryDirectory(prefix="zeropoint-") as folder:
         Path(folder, "model.pte").write_bytes(pte)
         for i, inputs in enumerate(batches):
-            save_tensors(Path(folder, f"in{i}.npz"), inputs)
+            save_values(Path(folder, f"in{i}.npz"), pytree.tree_leaves(inputs))
         _run(folder, len(batches), timeout)
         return [load_tensors(Path(folder, f"out{i}.npz")) for i in range(len(batches))]
 
@@ -47,7 +51,7 @@ def _run(folder: str, count: int, timeout: float) -> None:
         raise RuntimeFailure(f"the runtime did not answer in {timeout:g} s", where="child process") from error
     if done.returncode == 0:
         return
-    words = [line for line in done.stderr.strip().splitlines() if line.strip()][-5:]
+    words = [line for line in done.stderr.strip().splitlines() if line.strip() and not line.startswith(NOISE)][-5:]
     cause = f"died of {_signal(-done.returncode)}" if done.returncode < 0 else "failed"
     raise RuntimeFailure(f"the runtime {cause}: " + " | ".join(words), where="child process")
 
@@ -63,27 +67,35 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
 
 
-def save_tensors(path: Path, tensors: Sequence[Any]) -> None:
-    """Writes tensors and numbers as arrays of one file, bfloat16 as float32."""
-    arrays = [torch.as_tensor(t).detach().cpu() for t in tensors]
+def save_values(path: Path, values: Sequence[Any]) -> None:
+    """Writes tensors as arrays of one file, bfloat16 as float32, and beside it which values are plain numbers."""
+    arrays = [torch.as_tensor(value).detach().cpu() for value in values]
     plain = [a.float() if a.dtype == torch.bfloat16 else a for a in arrays]
     np.savez(path, *[a.contiguous().numpy() for a in plain])
+    numbers = [None if isinstance(value, torch.Tensor) else value for value in values]
+    path.with_suffix(".json").write_text(json.dumps(numbers))
 
 
 def load_tensors(path: Path) -> tuple[torch.Tensor, ...]:
-    """Returns the tensors that ``save_tensors`` wrote; nothing is unpickled."""
+    """Returns what ``save_values`` wrote, all as tensors; nothing is unpickled."""
     with np.load(path, allow_pickle=False) as arrays:
         return tuple(torch.from_numpy(arrays[f"arr_{i}"]) for i in range(len(arrays.files)))
 
 
+def load_values(path: Path) -> list[Any]:
+    """Returns what ``save_values`` wrote, numbers as numbers."""
+    numbers = json.loads(path.with_suffix(".json").read_text())
+    return [t if n is None else n for t, n in zip(load_tensors(path), numbers, strict=True)]
+
+
 def main(folder: str, count: str) -> None:
-    """The child: runs the program in the folder on each input file and writes the outputs; exits with an error's words."""
+    """The child: runs the program in the folder on each input file and writes the outputs, or an error."""
     from zeropoint.runtime.executorch import Program
 
     try:
         program = Program.load(Path(folder, "model.pte"))
         for i in range(int(count)):
-            outputs = program(*load_tensors(Path(folder, f"in{i}.npz")))
-            save_tensors(Path(folder, f"out{i}.npz"), outputs)
+            outputs = program(*load_values(Path(folder, f"in{i}.npz")))
+            save_values(Path(folder, f"out{i}.npz"), [value for value in outputs if value is not None])
     except ZeropointError as error:
         sys.exit(str(error))

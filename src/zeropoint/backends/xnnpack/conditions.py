@@ -6,16 +6,22 @@
 from __future__ import annotations
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.patterns import Match
 from zeropoint.core.specs import PER_CHANNEL
 from zeropoint.graph.bind import argument
-from zeropoint.graph.chains import ancestors
 from zeropoint.graph.constants import evaluate
 
 aten = torch.ops.aten
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
+SOFTMAX = (aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._safe_softmax.default)
+PASSED_ON = (
+    aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor,
+    aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.unsqueeze.default,
+    aten.expand.default, aten.masked_fill.Scalar, aten.where.self, aten.slice.Tensor, aten.clone.default,
+)  # fmt: skip
+"""Operators through which scores and masks reach a softmax."""
 MASKING = 1e4
 """Added to attention scores, such a constant is a mask: -10000, -1e9, the smallest float or infinity."""
 MAX_DIMENSIONS = 6
@@ -101,19 +107,43 @@ def not_a_mask(match: Match) -> str | None:
     """Values made of integers and booleans only are positions or masks: their range says nothing about data."""
     for name in ("self", "other"):
         operand = match.argument(name)
-        if not match.is_constant(operand) and _is_made_of_integers(operand):
+        if not match.is_constant(operand) and operand in match.context.once(made_of_integers):
             return f"{operand.name} is computed from integers or booleans only: a mask or a position, not data"
         if match.is_constant(operand) and (largest := _largest(match, operand)) >= MASKING:
             return f"{operand.name} holds values up to {largest:.2g}: a mask, not data"
     return None
 
 
-def _is_made_of_integers(node: Node) -> bool:
-    """True where no float tensor goes in; single numbers, as in ``(1.0 - mask) * -10000``, do not count."""
-    sources = [n for n in ({node} | ancestors(node)) if n.op in ("placeholder", "get_attr")]
-    values = [n.meta.get("val") for n in sources]
-    tensors = [value for value in values if isinstance(value, torch.Tensor) and value.dim() > 0]
-    return bool(tensors) and not any(value.is_floating_point() for value in tensors)
+def not_attention_scores(match: Match) -> str | None:
+    """What a softmax reads holds masks: values of -1e4 and less, beside which an int8 scale leaves no data."""
+    if match.head not in match.context.once(read_by_softmax):
+        return None
+    return "a softmax reads it: attention scores and their masks have no useful common scale"
+
+
+def made_of_integers(model: GraphModule) -> set[Node]:
+    """Returns the nodes into which no float tensor goes; numbers, as in ``(1.0 - mask) * -10000``, do not count."""
+    integer: set[Node] = set()
+    number: set[Node] = set()
+    for node in model.graph.nodes:
+        value = node.meta.get("val")
+        if node.op in ("placeholder", "get_attr"):
+            if not isinstance(value, torch.Tensor) or value.dim() == 0:
+                number.add(node)
+            elif not value.is_floating_point():
+                integer.add(node)
+        elif node.all_input_nodes and all(n in integer or n in number for n in node.all_input_nodes):
+            (integer if any(n in integer for n in node.all_input_nodes) else number).add(node)
+    return integer
+
+
+def read_by_softmax(model: GraphModule) -> set[Node]:
+    """Returns the nodes that a softmax reads, directly or through arithmetic and views."""
+    found: set[Node] = set()
+    for node in reversed(model.graph.nodes):
+        if any(user.target in SOFTMAX or (user in found and user.target in PASSED_ON) for user in node.users):
+            found.add(node)
+    return found
 
 
 def _largest(match: Match, node: Node) -> float:
@@ -150,7 +180,15 @@ def mean_of_each_picture(match: Match) -> str | None:
     shape, dims = _shape(match), match.argument("dim")
     if len(shape) != 4 or dims is None or {d % 4 for d in dims} != {2, 3}:
         return f"dim={dims} of {len(shape)} dimensions; the kernel averages dim=(2, 3) of 4"
+    if match.argument("dtype") is not None:
+        return f"dtype={match.argument('dtype')}; the kernel takes no dtype"
     return None if match.argument("keepdim") else "keepdim=False; the kernel has keepdim=True only"
+
+
+def batch_is_known(match: Match) -> str | None:
+    """Executorch 1.4's integer global pool returns garbage once a batch is larger than that of the first call."""
+    batch = _shape(match)[0]
+    return None if isinstance(batch, int) else "its batch is free; the integer kernel is right for a known batch only"
 
 
 def output_is_one_pixel(match: Match) -> str | None:

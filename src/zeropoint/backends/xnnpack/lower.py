@@ -11,17 +11,20 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
-from zeropoint.backends.xnnpack.sound import GEMMS, check_sound
+from zeropoint.backends.xnnpack.sound import GEMMS, SIZE_RULES, check_sound
 from zeropoint.backends.xnnpack.transform import TO_LOWER, erase_no_ops, spell
 from zeropoint.core.errors import LoweringError
 from zeropoint.core.extras import import_extra
 from zeropoint.graph.attributes import Names, get_attribute
 from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.capture import capture, require_exported
+from zeropoint.graph.inputs import as_inputs, check_inputs
 from zeropoint.numerics import ops
 
 NAME = "xnnpack"
+EXAMPLES = "example_inputs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ def lower(converted: GraphModule, example_inputs: tuple[Any, ...], *, dynamic_sh
         dynamic_shapes: as in ``torch.export.export``.
 
     Raises:
-        LoweringError: the delegate would compute an operator of the graph wrongly; names each.
+        LoweringError: the delegate would compute an operator of the graph wrongly; names each. Or ExecuTorch fails.
         MissingExtraError: executorch is not installed.
     """
     return lower_program(converted, example_inputs, dynamic_shapes=dynamic_shapes).pte
@@ -60,6 +63,8 @@ def lower_program(
     """Returns what ``lower`` returns, with what became of its operators. Same arguments and errors."""
     model = copy.deepcopy(require_exported(converted))
     _check_made_for(model)
+    _check_converted(model)
+    check_inputs(model, as_inputs(example_inputs, EXAMPLES), EXAMPLES)
     erase_no_ops(model)
     check_sound(model)
     give_each_layer_its_bias(model)
@@ -78,6 +83,12 @@ def _check_made_for(model: GraphModule) -> None:
     if policy is not None and policy.name != NAME:
         what = f"the graph was annotated for the backend {policy.name!r}"
         raise LoweringError(what, where="xnnpack.lower", remedy="Annotate it with XNNPACKQuantizer.")
+
+
+def _check_converted(model: GraphModule) -> None:
+    if any(hasattr(module, "calculate_qparams") for module in model.children()):
+        what = "the model still has observers"
+        raise LoweringError(what, where="xnnpack.lower", remedy="Give what convert_pt2e returned.")
 
 
 def give_each_layer_its_bias(model: GraphModule) -> None:
@@ -115,13 +126,22 @@ def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: 
     import_extra("executorch.kernels.quantized", "executorch")
     spell(model, TO_LOWER)
     model.recompile()
-    with torch.no_grad():
-        exported = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
-    edge = exir.to_edge_transform_and_lower(
-        exported, partitioner=[partition.XnnpackPartitioner()], transform_passes=configs.get_transform_passes()
-    )
-    delegates, outside = _whereabouts(edge.exported_program())
-    return LoweredProgram(bytes(edge.to_executorch().buffer), delegates, outside)
+    example_inputs = pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, as_inputs(example_inputs, EXAMPLES))
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
+        check_sound(exported.graph_module, SIZE_RULES)
+        edge = exir.to_edge_transform_and_lower(
+            exported, partitioner=[partition.XnnpackPartitioner()], transform_passes=configs.get_transform_passes()
+        )
+        delegates, outside = _whereabouts(edge.exported_program())
+        return LoweredProgram(bytes(edge.to_executorch().buffer), delegates, outside)
+    except LoweringError:
+        raise
+    except Exception as error:
+        what = f"ExecuTorch could not lower the model: {type(error).__name__}: {str(error).strip()}"
+        remedy = "Its message names an operator: leave that float (set_module_name or set_operator_type None)."
+        raise LoweringError(what, where="xnnpack.lower", remedy=remedy) from error
 
 
 def _whereabouts(program: ExportedProgram) -> tuple[int, tuple[tuple[str, int], ...]]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from zeropoint.annotate.rules import WRITTEN_KEY
 from zeropoint.graph.attributes import Names
 from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.constants import constant_nodes
@@ -63,6 +64,7 @@ class _Place:
         return argument(self.node, name)
 
     def replace(self, new: Node) -> None:
+        new.meta[WRITTEN_KEY] = self.node.meta.get(WRITTEN_KEY, self.node.target)
         self.node.replace_all_uses_with(new)
         self.model.graph.erase_node(self.node)
 
@@ -110,7 +112,9 @@ def _mean_keeps_dims(place: _Place) -> None:
     """A mean over height and width without ``keepdim`` is one with, and a view."""
     source, dims = place.argument("self"), place.argument("dim")
     shape = source.meta["val"].shape
-    if place.argument("keepdim") or dims is None or len(shape) != 4 or {d % 4 for d in dims} != {2, 3}:
+    if place.argument("keepdim") or place.argument("dtype") is not None or dims is None:
+        return
+    if len(shape) != 4 or {d % 4 for d in dims} != {2, 3}:
         return
     pooled = place.emit.call(aten.mean.dim, source, [2, 3], True)
     place.replace(place.emit.call(aten.view.default, pooled, [*_sizes(shape[:2])]))
