@@ -55,7 +55,7 @@ def prepare_with_plan(model: GraphModule, quantizer: Quantizer) -> tuple[GraphMo
     groups = resolve(plan)
     observers = make_observers(model, plan, groups, quantizer)
     start_record(model, plan, quantizer)
-    insert_observers(model, observers)
+    insert_observers(model, observers, look_again=record_of(model).policy is None)
     return finish(model), plan
 
 

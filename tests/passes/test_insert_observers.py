@@ -1,5 +1,7 @@
 """Observers in the graph: where, how many, under which names."""
 
+import copy
+
 import models
 import pytest
 import quantizers
@@ -9,13 +11,15 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from zeropoint.annotate.annotation import QuantizationAnnotation
+from zeropoint.backends import xnnpack
 from zeropoint.core.specs import SharedQuantizationSpec
 from zeropoint.graph.bind import Site
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.show import show
 from zeropoint.numerics.observers import HistogramObserver, MinMaxObserver
+from zeropoint.numerics.observers.repeated import RepeatedObserver
 from zeropoint.passes.insert_observers import insert_observers
-from zeropoint.workflow import prepare_pt2e
+from zeropoint.workflow import convert_pt2e, prepare_pt2e
 
 aten = torch.ops.aten
 ACT, OTHER = quantizers.activation(), quantizers.activation(quant_min=-127)
@@ -238,3 +242,31 @@ def test_observers_of_different_kinds():
         )
 
     assert isinstance(prepared(models.adds, function).activation_post_process_0, HistogramObserver)
+
+
+def test_what_was_only_moved_is_not_looked_at_again():
+    class Moves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 12)
+
+        def forward(self, x):
+            return self.layer(x).reshape(2, 2, 2, 3).transpose(1, 2).flatten(1)
+
+    inputs = (torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0)).flatten(1),)
+    graph = torch.export.export(Moves().eval(), inputs).module()
+    config = xnnpack.get_symmetric_quantization_config()
+    prepared = prepare_pt2e(graph, xnnpack.XNNPACKQuantizer().set_global(config))
+    prepared(*inputs)
+    calls = [m for name, m in prepared.named_children() if name.startswith("activation_post_process")]
+    repeated = [m for m in calls if isinstance(m, RepeatedObserver)]
+    assert len(calls) == 6
+    assert len(repeated) == 3
+    assert {id(m._answers[0]) for m in repeated} == {id(calls[2])}
+    assert calls[2].batches == 1
+    copied = copy.deepcopy(prepared)
+    converted = convert_pt2e(copied)
+    quantize = torch.ops.quantized_decomposed.quantize_per_tensor.default
+    scales = [node.args[1] for node in converted.graph.nodes if node.target is quantize]
+    assert len(set(scales[1:])) == 1
+    assert torch.equal(converted(*inputs), convert_pt2e(prepared)(*inputs))

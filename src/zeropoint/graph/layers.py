@@ -20,6 +20,12 @@ CONVOLUTIONS = (
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 LINEAR = (aten.linear.default,)
 LAYERS = (*CONVOLUTIONS, *TRANSPOSED, *LINEAR)
+MOVES = (
+    aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.permute.default, aten.transpose.int,
+    aten.t.default, aten.clone.default,
+)  # fmt: skip
+"""Operators that return the values that they read, all of them and no others."""
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 
 

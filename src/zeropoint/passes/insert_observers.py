@@ -14,28 +14,33 @@ from zeropoint.graph.compat import created_from
 from zeropoint.graph.constants import attributes_behind, constant_nodes
 from zeropoint.graph.emit import inherit
 from zeropoint.graph.graph_pass import graph_pass
+from zeropoint.graph.layers import MOVES
 from zeropoint.graph.memory import Memory, shares_memory_with, written_by
 from zeropoint.graph.source import describe
+from zeropoint.numerics.fake_quantize import FakeQuantizeBase
+from zeropoint.numerics.observers.repeated import RepeatedObserver
 from zeropoint.passes.make_observers import Observers
 
 PREFIX = "activation_post_process_"
 
 
 @graph_pass
-def insert_observers(model: GraphModule, observers: Observers) -> None:
+def insert_observers(model: GraphModule, observers: Observers, look_again: bool = True) -> None:
     """Adds a call of its observer after each tensor of the plan, and makes the sites read what it returns.
 
     A read whose observer is that of the producer's output, or of another read of the same tensor, uses the same call.
+    ``look_again``: observe a tensor once more where it was only moved, as torchao does; a program may rely on the
+    observer itself being there.
 
     Raises:
         AnnotationError: a tensor would be quantized whose memory is written to later, so that the write would be lost.
     """
-    _Inserter(model, observers).run()
+    _Inserter(model, observers, look_again).run()
 
 
 class _Inserter:
-    def __init__(self, model: GraphModule, observers: Observers) -> None:
-        self.model, self.observers = model, observers
+    def __init__(self, model: GraphModule, observers: Observers, look_again: bool) -> None:
+        self.model, self.observers, self.look_again = model, observers, look_again
         self.names = Names(model)
         self.constants = constant_nodes(model)
         self.memory = Memory(model.graph)
@@ -80,22 +85,28 @@ class _Inserter:
         if (writer := self.memory.write_after(node)) is not None:
             _raise_lost_write(node, writer)
         readers = list(node.users)
-        call = self._call(node, self.observers[Site(node)], "")
+        observer = self.observers[Site(node)]
+        call = self._call(node, RepeatedObserver(observer) if self._was_seen(node, observer) else observer, "")
+        if observer is not self.model.get_submodule(str(call.target)):
+            self.calls[node, id(observer)] = call
         for reader in readers:
             reader.replace_input_with(node, call)
+
+    def _was_seen(self, node: Node, observer: Any) -> bool:
+        """True when a node only moves what its input's observer, the same one, looks at."""
+        read = node.args[0] if node.target in MOVES and not self.look_again else None
+        if not isinstance(read, Node) or read.op != "call_module" or isinstance(observer, FakeQuantizeBase):
+            return False
+        of_input = self.model.get_submodule(str(read.target))
+        return of_input is observer or getattr(of_input, "_answers", [None])[0] is observer
 
     def _call(self, source: Node, observer: Any, read_by: str) -> Node:
         name = self.names.new(PREFIX)
         if self.device is not None and isinstance(observer, nn.Module):
             observer.to(self.device)
         self.model.add_submodule(name, observer)
-        if not getattr(observer, "site", None):
-            place = f"{describe(source)}{f', read as {read_by}' if read_by else ''}"
-            object.__setattr__(observer, "site", place)
-        if hasattr(observer, "constant_input"):
-            only_constants = self.only_constants.get(id(observer), True) and source in self.constants
-            self.only_constants[id(observer)] = only_constants
-            object.__setattr__(observer, "constant_input", only_constants)
+        if not isinstance(observer, RepeatedObserver):
+            self._tell(observer, source, read_by)
         with source.graph.inserting_after(source):
             call = source.graph.call_module(name, (source,))
         if "val" in source.meta:
@@ -104,6 +115,16 @@ class _Inserter:
         inherit(call, source, "insert_observers")
         self.calls[source, id(observer)] = call
         return call
+
+    def _tell(self, observer: Any, source: Node, read_by: str) -> None:
+        """Lets an observer of ours know where it is, for its messages, and whether it sees constants only."""
+        if not getattr(observer, "site", None):
+            place = f"{describe(source)}{f', read as {read_by}' if read_by else ''}"
+            object.__setattr__(observer, "site", place)
+        if hasattr(observer, "constant_input"):
+            only_constants = self.only_constants.get(id(observer), True) and source in self.constants
+            self.only_constants[id(observer)] = only_constants
+            object.__setattr__(observer, "constant_input", only_constants)
 
 
 def _writes_to_buffer(site: Site, source: Node) -> bool:
