@@ -14,7 +14,8 @@ def sqnr_db(reference: torch.Tensor, actual: torch.Tensor) -> float:
     """
     if reference.shape != actual.shape:
         return -math.inf
-    signal, noise = reference.double(), reference.double() - actual.double()
+    signal = reference.detach().double()
+    noise = signal - actual.detach().double()
     noise_power = float(noise.square().sum())
     if noise_power == 0.0:
         return math.inf

@@ -58,7 +58,7 @@ def steady_weight_scales(model: GraphModule) -> dict[int, QParams]:
 
 
 def steady_scale(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Returns a scale, at most 1/128 above ``w``, for which ``x w / y`` is a fraction of small odd denominator.
+    """Returns a scale, at most 2/255 above ``w``, for which ``x w / y`` is a fraction of small odd denominator.
 
     ``p = ceil(256 M)`` and the largest odd ``q <= p / M``: then ``q >= 254``, and ``q <= 512`` where ``M >= 1/256``;
     below, ``p = 1`` and halves lie midway between what neighbouring accumulators give.

@@ -186,7 +186,7 @@ def mean_of_each_picture(match: Match) -> str | None:
 
 
 def batch_is_known(match: Match) -> str | None:
-    """Executorch 1.4's integer global pool returns garbage once a batch is larger than that of the first call."""
+    """The runtime's integer global pool writes past its buffer once a batch is larger than the first call's."""
     batch = _shape(match)[0]
     return None if isinstance(batch, int) else "its batch is free; the integer kernel is right for a known batch only"
 

@@ -127,20 +127,29 @@ def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: 
     spell(model, TO_LOWER)
     model.recompile()
     example_inputs = pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, as_inputs(example_inputs, EXAMPLES))
+    exported = _exported(model, example_inputs, dynamic_shapes)
+    check_sound(exported.graph_module, SIZE_RULES)
     try:
-        with torch.no_grad():
-            exported = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
-        check_sound(exported.graph_module, SIZE_RULES)
         edge = exir.to_edge_transform_and_lower(
             exported, partitioner=[partition.XnnpackPartitioner()], transform_passes=configs.get_transform_passes()
         )
         delegates, outside = _whereabouts(edge.exported_program())
         return LoweredProgram(bytes(edge.to_executorch().buffer), delegates, outside)
-    except LoweringError:
-        raise
     except Exception as error:
         what = f"ExecuTorch could not lower the model: {type(error).__name__}: {str(error).strip()}"
         remedy = "Its message names an operator: leave that float (set_module_name or set_operator_type None)."
+        raise LoweringError(what, where="xnnpack.lower", remedy=remedy) from error
+
+
+def _exported(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> ExportedProgram:
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    except Exception as error:
+        what = f"torch.export could not export the model: {type(error).__name__}: {str(error).strip()}"
+        remedy = (
+            "Sizes that are free here must be free in the export that was prepared: give both the same dynamic_shapes."
+        )
         raise LoweringError(what, where="xnnpack.lower", remedy=remedy) from error
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
 
+from zeropoint.backends.xnnpack.conditions import pads_space_with_zero
 from zeropoint.core.errors import LoweringError
 from zeropoint.graph.attributes import get_attribute
 from zeropoint.graph.bind import argument, reads
@@ -23,16 +24,18 @@ aten = torch.ops.aten
 
 CONV3D = (aten.conv3d.default, aten.conv3d.padding, aten.conv_transpose3d.input)
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
-PLAIN = (
-    aten.linear.default, aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding,
-)  # fmt: skip
-GEMMS = (*PLAIN, *TRANSPOSED, *CONV3D)
+CONV = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding)
+GEMMS = (aten.linear.default, *CONV, *TRANSPOSED, *CONV3D)
 FUSED = (aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default)
 SAME_SCALE = (
     aten.max_pool2d.default, aten.cat.default, aten.slice.Tensor, aten.permute.default, aten.transpose.int,
-    aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unsqueeze.default,
+    aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unsqueeze.default, aten.narrow.default,
+    aten.t.default, aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
 )  # fmt: skip
+MEANS = (aten.mean.dim, aten.adaptive_avg_pool2d.default)
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
+PRODUCTS: dict[Any, str] = {aten.mm.default: "mat2", aten.addmm.default: "mat2", aten.matmul.default: "other"}
+"""Products of matrices that are no layer, with the name of the right factor."""
 MAX_RESCALING = 256
 STATIC_Q, STATIC_DQ = ops.QUANTIZE_PER_TENSOR, ops.DEQUANTIZE_PER_TENSOR
 WEIGHT_DQ = (STATIC_DQ, ops.DEQUANTIZE_PER_CHANNEL)
@@ -57,7 +60,8 @@ def _has_quantized_weight(node: Node) -> bool:
 def _input_of(node: Node) -> Node:
     """Returns what a layer reads, past the padding that is computed with it."""
     source = argument(node, "input")
-    return source.args[0] if source.target in PADS and sole_reader(source) is node else source
+    fused = node.target in CONV and source.target in PADS and sole_reader(source) is node
+    return source.args[0] if fused and pads_space_with_zero(source) else source
 
 
 def _scale(node: Node) -> float:
@@ -82,12 +86,14 @@ def _output_quantize(node: Node) -> Node | None:
 def activations_are_int8(model: GraphModule, node: Node) -> tuple[str, str] | None:
     """Activations are computed as int8 of the whole range, whatever the graph says."""
     del model
-    if node.target is not STATIC_Q:
+    is_weight = node.target is STATIC_DQ and cast(Node, node.args[0]).op == "get_attr"
+    if node.target not in (STATIC_Q, STATIC_DQ) or is_weight:
         return None
     low, high, dtype = node.args[3:6]
     if (low, high, dtype) == (-128, 127, torch.int8):
         return None
-    return f"it quantizes to {dtype} in [{low}, {high}]", "Quantize activations to int8 in [-128, 127]."
+    does = "quantizes to" if node.target is STATIC_Q else "dequantizes"
+    return f"it {does} {dtype} in [{low}, {high}]", "Quantize activations to int8 in [-128, 127]."
 
 
 def output_is_quantized(model: GraphModule, node: Node) -> tuple[str, str] | None:
@@ -168,7 +174,7 @@ def rescaling_is_below_256(model: GraphModule, node: Node) -> tuple[str, str] | 
     if not _is_static_gemm(node) or (quantize := _output_quantize(node)) is None:
         return None
     scale = argument(node, "weight").args[1]
-    largest = float(get_attribute(model, str(scale.target)).max()) if isinstance(scale, Node) else scale
+    largest = float(get_attribute(model, str(scale.target)).detach().max()) if isinstance(scale, Node) else scale
     ratio = _scale(_input_of(node)) * largest / _scale(quantize)
     if ratio < MAX_RESCALING:
         return None
@@ -182,8 +188,8 @@ def bias_fits_int32(model: GraphModule, node: Node) -> tuple[str, str] | None:
     if bias is None or bias.op != "get_attr":
         return None
     scale = argument(node, "weight").args[1]
-    smallest = float(get_attribute(model, str(scale.target)).min()) if isinstance(scale, Node) else scale
-    steps = float(get_attribute(model, str(bias.target)).abs().max()) / (_scale(_input_of(node)) * smallest)
+    smallest = float(get_attribute(model, str(scale.target)).detach().min()) if isinstance(scale, Node) else scale
+    steps = float(get_attribute(model, str(bias.target)).detach().abs().max()) / (_scale(_input_of(node)) * smallest)
     if steps < 2**31:
         return None
     return f"its bias is {steps:.3g} steps of s_x * s_w; int32 holds 2^31", "Leave the layer float."
@@ -195,6 +201,16 @@ def has_a_kernel(model: GraphModule, node: Node) -> tuple[str, str] | None:
     if node.target in CONV3D and any(source.target in WEIGHT_DQ for _, source in reads(node)):
         return "it is quantized, but the delegate has no three-dimensional convolution", "Leave it float."
     return None
+
+
+def factors_are_float(model: GraphModule, node: Node) -> tuple[str, str] | None:
+    """A product with a dequantized matrix that is no layer is computed without the dequantize."""
+    del model
+    right = argument(node, PRODUCTS[node.target]) if node.target in PRODUCTS else None
+    if right is None or right.target not in WEIGHT_DQ or right.meta["val"].dim() != 2:
+        return None
+    what = f"it multiplies by the dequantized matrix {right.name}"
+    return what, "Leave its inputs float; a product with a constant matrix is a linear layer: aten.linear."
 
 
 def scales_are_equal(model: GraphModule, node: Node) -> tuple[str, str] | None:
@@ -210,32 +226,46 @@ def scales_are_equal(model: GraphModule, node: Node) -> tuple[str, str] | None:
     return None
 
 
+def batch_of_mean_is_known(model: GraphModule, node: Node) -> tuple[str, str] | None:
+    """The integer global pool writes past its buffer once a batch is larger than that of the first call."""
+    del model
+    reader = sole_reader(node)
+    if node.target not in MEANS or reader is None or reader.target is not STATIC_Q:
+        return None
+    source = cast(Node, node.args[0])
+    if source.target is not STATIC_DQ or isinstance(source.meta["val"].shape[0], int):
+        return None
+    return "its batch is free, and the integer kernel is right for a known batch only", "Leave it float."
+
+
+SIZE_RULES: tuple[Rule, ...] = (batch_of_mean_is_known,)
+"""What depends on the sizes that lowering leaves free: checked on the program that is lowered."""
 RULES: tuple[Rule, ...] = (
-    has_a_kernel, activations_are_int8, output_is_quantized, input_is_quantized, weight_is_stored,
+    has_a_kernel, activations_are_int8, factors_are_float, output_is_quantized, input_is_quantized, weight_is_stored,
     weight_is_symmetric, channel_axis_has_a_kernel, bias_is_float, bias_fits_int32, rescaling_is_below_256,
-    scales_are_equal,
+    scales_are_equal, *SIZE_RULES,
 )  # fmt: skip
 
 
-def unsound(model: GraphModule) -> Iterator[Unsound]:
+def unsound(model: GraphModule, rules: tuple[Rule, ...] = RULES) -> Iterator[Unsound]:
     """Yields every node that breaks a rule, with the first rule that it breaks."""
     for node in model.graph.nodes:
         if node.op != "call_function":
             continue
-        for rule in RULES:
+        for rule in rules:
             found = rule(model, node)
             if found is not None:
                 yield Unsound(node, *found)
                 break
 
 
-def check_sound(model: GraphModule) -> None:
+def check_sound(model: GraphModule, rules: tuple[Rule, ...] = RULES) -> None:
     """Raises when the delegate would compute a node wrongly.
 
     Raises:
         LoweringError: names each such node, what is wrong with it and what to do.
     """
-    found = list(unsound(model))
+    found = list(unsound(model, rules))
     if not found:
         return
     lines = [f"{describe(each.node)}: {each.what}. {each.remedy}" for each in found[:20]]
