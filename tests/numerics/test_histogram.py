@@ -17,7 +17,7 @@ from zeropoint.numerics.observers import (
     PerChannelMinMaxObserver,
     PerChannelMSEObserver,
 )
-from zeropoint.numerics.observers.greedy_search import cell_error, quantile_path
+from zeropoint.numerics.observers.greedy_search import cell_errors, quantile_path
 from zeropoint.numerics.observers.histogram import count, moved
 from zeropoint.numerics.observers.range_search import quantizing_error, square_error
 
@@ -130,8 +130,7 @@ def test_the_path_of_the_search_by_hand():
 
 def test_a_cell_error_by_hand():
     # Two bins of width 1 with one value each, two cells on them: twice the integral of x**2 from -1/2 to 1/2.
-    assert cell_error(np.ones(2, np.float32), 1.0, 0, 1, 2) == pytest.approx(2 / 12)
-    assert cell_error(np.ones(2, np.float32), 0.0, 0, 1, 2) == 0.0
+    assert cell_errors(np.ones(2, np.float32), 1.0, [(0, 1)], 2).tolist() == [pytest.approx(2 / 12)]
 
 
 # -- fewer integers than the dtype has ---------------------------------------------------------------------------------
@@ -269,10 +268,26 @@ def test_per_channel_mse_of_parts_is_that_of_the_whole():
 # -- the histogram itself ----------------------------------------------------------------------------------------------
 
 
-def test_counts_are_exact_in_parts(monkeypatch):
-    monkeypatch.setattr("zeropoint.numerics.observers.histogram.EXACT_COUNT", 100)
-    x = draw("normal")[:1050]
-    assert torch.equal(count(x, 16, -2.0, 2.0), torch.histc(x, 16, -2.0, 2.0))
+@pytest.mark.parametrize("bins", [1, 2, 5, 300, 2048, 9000])
+@pytest.mark.parametrize("name", NAMES)
+def test_counts_are_those_of_histc(name, bins, monkeypatch):
+    monkeypatch.setattr("zeropoint.numerics.observers.histogram.PIECE", 1001)
+    monkeypatch.setattr("zeropoint.numerics.observers.histogram.LARGE", 1)
+    x = draw(name)[:20_050]
+    low, high = x.min().item(), x.max().item()
+    for wider in (0.0, 0.3):
+        ends = (low - wider, high + wider)
+        assert torch.equal(count(x, bins, *ends).float(), torch.histc(x, bins, *ends))
+
+
+def test_counts_of_neighbouring_numbers_are_those_of_histc(monkeypatch):
+    """The bin of a value is found by division, and rounding decides at the edges of bins."""
+    monkeypatch.setattr("zeropoint.numerics.observers.histogram.LARGE", 1)
+    edges = torch.linspace(-1.7, 2.9, 2049)
+    x = torch.cat([edges, edges.nextafter(torch.tensor(9.0)), edges.nextafter(torch.tensor(-9.0))]).clamp(-1.7, 2.9)
+    ends = x.min().item(), x.max().item()
+    for bins in (7, 255, 2048):
+        assert torch.equal(count(x, bins, *ends).float(), torch.histc(x, bins, *ends))
 
 
 def test_moving_keeps_the_counts():

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Concatenate, ParamSpec, TypeVar
 
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from zeropoint.core.errors import GraphError, ZeropointError
 from zeropoint.core.flags import debug_level
@@ -75,7 +75,7 @@ def graph_pass(
         before, start = _operators(model), time.perf_counter()
         try:
             result = function(model, *args, **kwargs)
-            model.graph.eliminate_dead_code()
+            remove_dead_code(model.graph)
             if debug_level():
                 model.graph.lint()
         except ZeropointError:
@@ -86,6 +86,16 @@ def graph_pass(
         return result
 
     return run
+
+
+def remove_dead_code(graph: Graph) -> None:
+    """Erases the nodes that nothing reads and that have no side effect.
+
+    As ``Graph.eliminate_dead_code``, without the lint that it begins with: a pipeline lints once, at its end.
+    """
+    for node in reversed(graph.nodes):
+        if not node.users and not node.is_impure():
+            graph.erase_node(node)
 
 
 def _operators(model: GraphModule) -> collections.Counter[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-BLOCK = 30_000
-"""Elements of a piece: 120 kB of float32, which stay in the cache of one core, and fewer than torch splits between
-threads (32,768): waiting for a second one at every step takes longer than the step, much longer on a busy machine."""
+from zeropoint.numerics.scratch import scratch
+
+BLOCK = 2**18
+"""Elements of a piece: 1 MB of float32. Smaller ones spend their time in calls, larger ones leave the cache: a weight
+of 3072 x 768 takes 0.5 ns an element in pieces of 30,000, 0.2 in these, 0.3 whole (two threads: 0.5, 0.15, 0.2)."""
 
 
 @torch.no_grad()
@@ -35,7 +37,7 @@ def quantize_in_blocks(
     shift = zero_point.to(torch.float32) if bool(zero_point.any()) else None
     integers = torch.empty(rows.shape, dtype=dtype, device=x.device)
     count, size = max(1, BLOCK // max(1, rows.shape[1])), min(rows.shape[1], BLOCK)
-    space = torch.empty(min(count, rows.shape[0]), size, device=x.device)
+    space = _space(min(count, rows.shape[0]) * size, x.device).reshape(-1, max(1, size))
     for top in range(0, rows.shape[0], count):
         group = slice(top, top + count)
         for left in range(0, rows.shape[1], max(1, size)):
@@ -48,3 +50,7 @@ def quantize_in_blocks(
             integers[group, left : left + size].copy_(piece)
     shaped = integers.reshape(moved.shape)
     return shaped.reshape(x.shape) if axis is None else shaped.movedim(0, axis).contiguous()
+
+
+def _space(size: int, device: torch.device) -> torch.Tensor:
+    return scratch(size, torch.float32) if device.type == "cpu" else torch.empty(size, device=device)

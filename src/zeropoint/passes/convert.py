@@ -29,26 +29,26 @@ FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
 
 @graph_pass
 def convert(
-    model: GraphModule, fold_constants: Callable[[Node], bool], chosen: dict[int, QParams] | None = None
+    model: GraphModule, fold_constants: Callable[[Node], bool], known: dict[int, QParams] | None = None
 ) -> None:
     """Replaces each observer by quantize and dequantize operators of its scale and zero point.
 
     Each annotated reader gets a dequantize of its own, the others share one. A constant is quantized here, to an
     integer buffer ``_frozen_paramN``, where ``fold_constants(node)`` says so. An observer of a float dtype disappears.
-    ``chosen`` replaces what observers, by id, say.
+    ``known``: the scale and zero point of some observers, by id; the others are asked.
 
     Raises:
         CalibrationError: an observer saw no data.
     """
-    _Converter(model, fold_constants, chosen or {}).run()
+    _Converter(model, fold_constants, known or {}).run()
 
 
 class _Converter:
-    def __init__(self, model: GraphModule, fold_constants: Callable[[Node], bool], chosen: dict[int, QParams]) -> None:
+    def __init__(self, model: GraphModule, fold_constants: Callable[[Node], bool], known: dict[int, QParams]) -> None:
         self.model, self.fold_constants = model, fold_constants
         self.constants = constant_nodes(model)
         self.names = Names(model)
-        self.qparams: dict[int, QParams] = dict(chosen)
+        self.qparams: dict[int, QParams] = dict(known)
         self.buffers: dict[tuple[int, str], str] = {}
         self.frozen: dict[tuple[Node, int], Node] = {}
 

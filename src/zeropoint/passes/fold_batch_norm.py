@@ -134,15 +134,14 @@ def _tensor(model: GraphModule, node: Any) -> torch.Tensor | None:
 
 @torch.no_grad()
 def _folded_tensors(model: GraphModule, layer: Node, norm: Node) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns weight and bias with batch norm in them, in the layer's dtype, computed in float64.
+    """Returns weight and bias with batch norm in them, in the layer's dtype; all but the weight computed in float64.
 
     ``y = (Wx + b - mean) * gamma / sqrt(var + eps) + beta`` (Ioffe and Szegedy 2015).
     """
     mean, variance = _tensor(model, argument(norm, "running_mean")), _tensor(model, argument(norm, "running_var"))
-    weight = _tensor(model, argument(layer, "weight"))
+    weight = get_attribute(model, str(argument(layer, "weight").target)).detach()
     assert mean is not None
     assert variance is not None
-    assert weight is not None
     epsilon = argument(norm, "eps")
     factor = torch.rsqrt(variance + (argument(norm, "epsilon") if epsilon is None else epsilon))
     gamma, beta = _tensor(model, argument(norm, "weight")), _tensor(model, argument(norm, "bias"))
@@ -150,8 +149,8 @@ def _folded_tensors(model: GraphModule, layer: Node, norm: Node) -> tuple[torch.
     factor = factor if gamma is None else factor * gamma
     shift = (torch.zeros_like(mean) if bias is None else bias) - mean
     shift = shift * factor if beta is None else shift * factor + beta
-    dtype = get_attribute(model, str(argument(layer, "weight").target)).dtype
-    return scale_outputs(layer, weight, factor).to(dtype), shift.to(dtype)
+    of_weight = factor.to(torch.promote_types(weight.dtype, torch.float32))
+    return scale_outputs(layer, weight, of_weight).to(weight.dtype), shift.to(weight.dtype)
 
 
 def _new_parameters(layer: Node, weight: torch.Tensor, bias: torch.Tensor, tensors: _Tensors) -> tuple[Node, Node]:

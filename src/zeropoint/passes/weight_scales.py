@@ -32,29 +32,30 @@ SMALLEST_RATIO = 2.0**-32
 
 
 def steady_weight_scales(model: GraphModule) -> dict[int, QParams]:
-    """Returns the scale and zero point of weight observers, by id, for which ``s_x s_w / s_y`` is ``p / q``, ``q`` odd.
+    """Returns the scale and zero point of layers' observers, by id; those of weights so that no tie can occur.
 
-    Covers the weights that one layer reads, whose input and output are quantized to fixed scales.
+    Covers each layer whose input and output are quantized to fixed scales, and whose weight no other layer reads:
+    ``s_x s_w / s_y`` is ``p / q``, ``q`` odd.
     """
     constants = constant_nodes(model)
-    chosen: dict[int, QParams] = {}
+    found: dict[int, QParams] = {}
     for node in model.graph.nodes:
-        if node.target not in LAYERS:
+        if node.target not in LAYERS or (observers := _observers(model, node)) is None:
             continue
-        observers = _observers(model, node)
-        if observers is None:
-            continue
-        read = argument(node, "weight")
-        source, weight = read.args[0], observers[1]
-        if source not in constants or len(read.users) > 1 or id(weight) in chosen:
+        read, weight = argument(node, "weight"), observers[1]
+        source = read.args[0]
+        if source not in constants or len(read.users) > 1 or id(weight) in found:
             continue
         observe_constant(weight, lambda s=source: evaluate(model, s))
         try:
-            x, w, y = (qparams_of(observer, describe(node)) for observer in observers)
+            for observer in observers:
+                if id(observer) not in found:
+                    found[id(observer)] = qparams_of(observer, describe(node))
         except CalibrationError:
             continue  # Convert raises it, with the name of the tensor.
-        chosen[id(weight)] = replace(w, scale=steady_scale(x.scale, w.scale, y.scale))
-    return chosen
+        x, w, y = (found[id(observer)] for observer in observers)
+        found[id(weight)] = replace(w, scale=steady_scale(x.scale, w.scale, y.scale))
+    return found
 
 
 def steady_scale(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from zeropoint.core.errors import RuntimeFailure, VerificationError
 from zeropoint.graph.chains import sole_reader
+from zeropoint.graph.graph_pass import remove_dead_code
 from zeropoint.graph.source import describe
 from zeropoint.numerics import ops
 from zeropoint.numerics.sqnr import sqnr_db
@@ -123,7 +124,7 @@ def beginning(converted: GraphModule, name: str) -> GraphModule:
         dequantized.meta["val"] = result.meta["val"]
         result = dequantized
     output.args = ((result,),)
-    graph.eliminate_dead_code()
+    remove_dead_code(graph)
     _one_output(part)
     return GraphModule(part, graph)
 

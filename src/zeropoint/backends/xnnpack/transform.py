@@ -16,6 +16,7 @@ from zeropoint.graph.attributes import Names
 from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.emit import Emitter
+from zeropoint.graph.graph_pass import remove_dead_code
 
 aten = torch.ops.aten
 PASS = "xnnpack.transform"
@@ -45,7 +46,7 @@ def spell(model: GraphModule, spellings: Spellings) -> None:
         rewrite = spellings.get(node.target) if node.op == "call_function" and _is_float(node) else None
         if rewrite is not None:
             rewrite(_Place(model, node, constants, names))
-    model.graph.eliminate_dead_code()
+    remove_dead_code(model.graph)
 
 
 def _is_float(node: Node) -> bool:
