@@ -29,6 +29,7 @@ MODELS: dict[str, tuple[Callable[[], tuple[torch.nn.Module, Inputs]], float]] = 
     "mobilenet_v2": (architectures.mobilenet_v2, 50),
 }
 """Each model, and how many times faster than torchao it is to be."""
+SLOW_S = 20.0
 
 
 def ours() -> XNNPACKQuantizer:
@@ -64,6 +65,19 @@ def run_torchao(graph: torch.fx.GraphModule, inputs: Inputs) -> dict[str, float]
     return {"prepare_s": prepare_s, "calibrate_s": calibrate_s, "convert_s": convert_s}
 
 
+def run_both(graph: torch.fx.GraphModule, inputs: Inputs) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns the best of three alternating runs of each; one is made where torchao takes longer than ``SLOW_S``."""
+    mine, other = [run_ours(graph, inputs)], [run_torchao(graph, inputs)]
+    while len(mine) < 3 and sum(other[0].values()) < SLOW_S:
+        mine.append(run_ours(graph, inputs))
+        other.append(run_torchao(graph, inputs))
+    return min(mine, key=_prepare_and_convert), min(other, key=_prepare_and_convert)
+
+
+def _prepare_and_convert(run: dict[str, float]) -> float:
+    return run["prepare_s"] + run["convert_s"]
+
+
 @torch.no_grad()
 def calibration_ratios(graph: torch.fx.GraphModule, inputs: Inputs, rounds: int) -> dict[str, float]:
     """Returns the time of a forward of the prepared model over one of the float model, by observer."""
@@ -83,8 +97,8 @@ def compare_models(names: list[str], rounds: int) -> dict[str, Any]:
         load, wanted = MODELS[name]
         module, inputs = load()
         graph = torch.export.export(module.eval(), inputs).module()
-        mine, other = run_ours(graph, inputs), run_torchao(graph, inputs)
-        ratio = (other["prepare_s"] + other["convert_s"]) / (mine["prepare_s"] + mine["convert_s"])
+        mine, other = run_both(graph, inputs)
+        ratio = _prepare_and_convert(other) / _prepare_and_convert(mine)
         calibration = calibration_ratios(graph, inputs, rounds)
         figures[name] = {"ours": mine, "torchao": other, "times_faster": ratio, "wanted": wanted, **calibration}
         split = f"{mine['prepare_s']:.2f} + {mine['convert_s']:.2f} s"

@@ -16,7 +16,7 @@ from zeropoint.graph.graph_pass import pipeline
 from zeropoint.graph.invariants import check_invariants
 from zeropoint.passes.annotate import annotate
 from zeropoint.passes.canonicalize import canonicalize
-from zeropoint.passes.convert import convert, every, none, require_observed
+from zeropoint.passes.convert import convert, every, none, nothing, require_observed
 from zeropoint.passes.finish import finish
 from zeropoint.passes.fold_batch_norm import fold_batch_norm
 from zeropoint.passes.insert_observers import insert_observers
@@ -78,7 +78,7 @@ def convert_pt2e(
     require_exported(model)
     require_observed(model)
     on_grid = record_of(model).rounds_biases
-    convert(model, every if fold_quantize else none, steady_weight_scales(model) if on_grid else {})
+    convert(model, every if fold_quantize else none, steady_weight_scales if on_grid else nothing)
     biases = round_biases(model) if on_grid else []
     converted = finish(model)
     finish_record(converted, tuple(biases))

@@ -39,3 +39,13 @@ def test_ties_round_to_even():
     x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5])
     got = quantize_in_blocks(x, torch.ones(1), torch.zeros(1, dtype=torch.int64), None, -128, 127, torch.int8)
     assert got.tolist() == [0, 2, 2, 0, -2]
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_into_a_tensor(axis):
+    x = torch.randn(6, 6)
+    scale = torch.full((1 if axis is None else 6,), 0.02)
+    zero_point = torch.zeros(len(scale), dtype=torch.int64)
+    out = torch.empty(6, 6, dtype=torch.int8)
+    assert quantize_in_blocks(x, scale, zero_point, axis, -127, 127, torch.int8, out) is out
+    assert torch.equal(out, quantize_in_blocks(x, scale, zero_point, axis, -127, 127, torch.int8))

@@ -104,20 +104,28 @@ def _roots(plan: Plan, sets: _UnionFind) -> dict[Site, QuantizationSpecBase]:
 
 def _share_implicitly(plan: Plan, sets: _UnionFind, roots: dict[Site, QuantizationSpecBase]) -> None:
     """Unites, tensor by tensor, the reads whose specs are equal, and the tensor itself where its spec is that too."""
-    alike: dict[tuple[Node, QuantizationSpecBase], list[Site]] = defaultdict(list)
-    spec_of = {site: roots[sets.find(site)] for site in plan.specs}
+    kind_of = _kinds(roots.values())
+    kinds = {site: kind_of[id(roots[sets.find(site)])] for site in plan.specs}
+    alike: dict[tuple[Node, int], list[Site]] = defaultdict(list)
     for node in dict.fromkeys(site.node for site in plan.specs):
         for site, source in reads(node):
-            if site in plan.specs:
-                alike[source, spec_of[site]].append(site)
-    for (source, spec), sites in alike.items():
+            if site in kinds:
+                alike[source, kinds[site]].append(site)
+    for (source, kind), sites in alike.items():
         _unite_repeated_reads(sets, sites)
         if all(site.node in plan.unshared for site in sites):
             continue
         for site in sites[1:]:
             sets.union(sites[0], site)
-        if Site(source) in plan.specs and spec_of[Site(source)] == spec:
+        if kinds.get(Site(source)) == kind:
             sets.union(Site(source), sites[0])
+
+
+def _kinds(specs: Iterable[QuantizationSpecBase]) -> dict[int, int]:
+    """Returns a number for each spec, by its id: the same for equal ones. Numbers are compared in no time."""
+    numbers: dict[QuantizationSpecBase, int] = {}
+    distinct = {id(spec): spec for spec in specs}
+    return {key: numbers.setdefault(spec, len(numbers)) for key, spec in distinct.items()}
 
 
 def _unite_repeated_reads(sets: _UnionFind, sites: list[Site]) -> None:

@@ -145,7 +145,9 @@ def _input_spec(match: Match, read: Input, first: Input) -> QuantizationSpecBase
             return match.config.input_activation
         case Weight(axis=axis):
             spec = match.config.weight
-            return replace(spec, ch_axis=axis) if spec is not None and spec.qscheme in PER_CHANNEL else spec
+            if spec is None or spec.qscheme not in PER_CHANNEL or spec.ch_axis == axis:
+                return spec
+            return replace(spec, ch_axis=axis)
         case Bias():
             return match.config.bias
         case Follow():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,7 +97,8 @@ def _calls(model: GraphModule) -> Iterable[Node]:
         yield from _calls(body)
 
 
-def _paths(stack: tuple[tuple[str, str], ...]) -> list[str]:
+@functools.lru_cache(4096)
+def _paths(stack: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
     """Returns the paths of the modules around a node, the innermost first.
 
     A ``ModuleList``, or a ``Sequential`` that is indexed, is never called, so it is in no stack: the paths say it.
@@ -105,7 +107,7 @@ def _paths(stack: tuple[tuple[str, str], ...]) -> list[str]:
     for path, _ in reversed(stack):
         parts = path.split(".")
         paths.extend(".".join(parts[:length]) for length in range(len(parts), 0, -1))
-    return list(dict.fromkeys(paths))
+    return tuple(dict.fromkeys(paths))
 
 
 def _matches(path: str, pattern: str) -> bool:

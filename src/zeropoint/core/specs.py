@@ -61,7 +61,7 @@ class QuantizationSpecBase:
         return type(self).__name__, *(_field_key(name, value) for name, value in named)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, QuantizationSpecBase) and self.key() == other.key()
+        return self is other or (isinstance(other, QuantizationSpecBase) and self.key() == other.key())
 
     def __hash__(self) -> int:
         return hash(self.key())

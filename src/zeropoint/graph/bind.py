@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,10 +40,26 @@ class Site:
         return f"{self.node.name}.{place}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Signature:
+    """Names of an operator's positional arguments, in order, and the defaults of all its arguments, by name."""
+
+    names: tuple[str, ...]
+    defaults: dict[str, Any]
+
+
+@functools.lru_cache(1024)
+def _signature(operator: OpOverload) -> _Signature:
+    """Reading a schema takes as long as a pass has for a node: operators are few, and each is read once."""
+    declared = operator._schema.arguments
+    defaults = {each.name: each.default_value for each in declared if each.has_default_value()}
+    return _Signature(tuple(each.name for each in declared if not each.kwarg_only), defaults)
+
+
 def argument_names(node: Node) -> tuple[str, ...]:
     """Returns the names of the node's positional arguments, in order; ``arg0, arg1, ...`` where there is no schema."""
     if isinstance(node.target, OpOverload):
-        return tuple(argument.name for argument in node.target._schema.arguments if not argument.kwarg_only)
+        return _signature(node.target).names
     for function, names in PYTHON_ARGUMENTS:
         if node.target is function:
             return names
@@ -51,7 +68,7 @@ def argument_names(node: Node) -> tuple[str, ...]:
 
 def bind(node: Node) -> dict[str, Any]:
     """Returns the arguments that the node passes, by name; those left to their defaults are absent."""
-    return dict(zip(argument_names(node), node.args, strict=False)) | dict(node.kwargs)
+    return dict(zip(argument_names(node), node.args, strict=False)) | node.kwargs
 
 
 def argument(node: Node, name: str, default: Any = None) -> Any:
@@ -59,11 +76,7 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
     bound = bind(node)
     if name in bound:
         return bound[name]
-    if isinstance(node.target, OpOverload):
-        for declared in node.target._schema.arguments:
-            if declared.name == name and declared.has_default_value():
-                return declared.default_value
-    return default
+    return _signature(node.target).defaults.get(name, default) if isinstance(node.target, OpOverload) else default
 
 
 def reads(node: Node) -> Iterator[tuple[Site, Node]]:

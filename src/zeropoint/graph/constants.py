@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from zeropoint.graph.attributes import get_attribute
-from zeropoint.graph.compat import OpOverload
+from zeropoint.graph.compat import OpOverload, is_tensor_value
 from zeropoint.graph.memory import shares_memory_with, written_by
 
 FLOAT_PATH_KEY = "zeropoint_float_path"
@@ -57,6 +57,8 @@ def constant_nodes(model: GraphModule) -> set[Node]:
 
 
 def _holds_tensor(model: GraphModule, node: Node) -> bool:
+    if is_tensor_value(node.meta.get("val")):
+        return True
     owner, _, name = str(node.target).rpartition(".")
     return isinstance(getattr(model.get_submodule(owner), name, None), torch.Tensor)
 

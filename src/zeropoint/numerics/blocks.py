@@ -20,6 +20,7 @@ def quantize_in_blocks(
     quant_min: int,
     quant_max: int,
     dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns the integers of a float32 tensor: ``clamp(round(x * (1 / scale)) + zero_point, quant_min, quant_max)``.
 
@@ -30,26 +31,39 @@ def quantize_in_blocks(
         x: any shape.
         scale, zero_point: shape ``(1,)``, or ``(channels,)`` along ``axis``.
         axis: channel axis; None: per tensor.
+        out: contiguous tensor of ``dtype``, shape of ``x``, to write to.
     """
-    moved = x.reshape(1, -1) if axis is None else x.movedim(axis, 0)
-    rows = moved.reshape(moved.shape[0], -1)
     inverse = (1.0 / scale.double()).float() if axis is None else 1.0 / scale
     shift = zero_point.to(torch.float32) if bool(zero_point.any()) else None
-    integers = torch.empty(rows.shape, dtype=dtype, device=x.device)
-    count, size = max(1, BLOCK // max(1, rows.shape[1])), min(rows.shape[1], BLOCK)
-    space = _space(min(count, rows.shape[0]) * size, x.device).reshape(-1, max(1, size))
+    out = torch.empty(x.shape, dtype=dtype, device=x.device) if out is None else out
+    if axis in (None, 0):
+        _fill(_rows(out, axis), _rows(x, axis), inverse, shift, (quant_min, quant_max))
+        return out
+    moved = x.movedim(axis, 0)
+    integers = torch.empty(moved.shape, dtype=dtype, device=x.device)
+    _fill(_rows(integers, 0), _rows(moved, 0), inverse, shift, (quant_min, quant_max))
+    return out.copy_(integers.movedim(0, axis))
+
+
+def _rows(tensor: torch.Tensor, axis: int | None) -> torch.Tensor:
+    return tensor.reshape(1, -1) if axis is None else tensor.reshape(tensor.shape[0], -1)
+
+
+def _fill(
+    out: torch.Tensor, rows: torch.Tensor, inverse: torch.Tensor, shift: torch.Tensor | None, limits: tuple[int, int]
+) -> None:
+    """Writes the integers of rows that have a scale each, ``BLOCK`` elements at a time."""
+    count, size = max(1, BLOCK // max(1, rows.shape[1])), max(1, min(rows.shape[1], BLOCK))
+    space = _space(min(count, rows.shape[0]) * size, rows.device).reshape(-1, size)
     for top in range(0, rows.shape[0], count):
         group = slice(top, top + count)
-        for left in range(0, rows.shape[1], max(1, size)):
+        for left in range(0, rows.shape[1], size):
             source = rows[group, left : left + size]
             piece = torch.mul(source, inverse[group, None], out=space[: source.shape[0], : source.shape[1]])
             piece.round_()
             if shift is not None:
                 piece.add_(shift[group, None])
-            piece.clamp_(quant_min, quant_max)
-            integers[group, left : left + size].copy_(piece)
-    shaped = integers.reshape(moved.shape)
-    return shaped.reshape(x.shape) if axis is None else shaped.movedim(0, axis).contiguous()
+            out[group, left : left + size].copy_(piece.clamp_(*limits))
 
 
 def _space(size: int, device: torch.device) -> torch.Tensor:

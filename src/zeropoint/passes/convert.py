@@ -13,13 +13,14 @@ from zeropoint.annotate.annotation import Q_ANNOTATION_KEY, is_valid_annotation
 from zeropoint.core.dtypes import INTEGER_DTYPES, plain_dtype
 from zeropoint.core.errors import GraphError, SpecError
 from zeropoint.core.specs import PER_CHANNEL
-from zeropoint.graph.attributes import Names
+from zeropoint.graph.attributes import Names, get_attribute
 from zeropoint.graph.compat import created_from, fake_like
 from zeropoint.graph.constants import FLOAT_PATH_KEY, constant_nodes, evaluate
 from zeropoint.graph.emit import Emitter, complete_values, inherit
 from zeropoint.graph.graph_pass import bodies, graph_pass
 from zeropoint.graph.source import describe
 from zeropoint.numerics import ops
+from zeropoint.numerics.scratch import touching
 from zeropoint.passes.qparams_of import QParams, limits_of, observe_constant, observer_of, qparams_of
 
 PASS = "convert"
@@ -27,32 +28,43 @@ CONVERT_ELEMENT_TYPE = torch.ops.quantized_decomposed.convert_element_type.no_fu
 FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
 
 
+Known = Callable[[GraphModule], dict[int, QParams]]
+
+
+def nothing(model: GraphModule) -> dict[int, QParams]:
+    """Returns no scale and zero point: every observer is asked."""
+    del model
+    return {}
+
+
 @graph_pass
-def convert(
-    model: GraphModule, fold_constants: Callable[[Node], bool], known: dict[int, QParams] | None = None
-) -> None:
+def convert(model: GraphModule, fold_constants: Callable[[Node], bool], known: Known = nothing) -> None:
     """Replaces each observer by quantize and dequantize operators of its scale and zero point.
 
     Each annotated reader gets a dequantize of its own, the others share one. A constant is quantized here, to an
     integer buffer ``_frozen_paramN``, where ``fold_constants(node)`` says so. An observer of a float dtype disappears.
-    ``known``: the scale and zero point of some observers, by id; the others are asked.
+    ``known`` gives the scale and zero point of some observers, by id; the others are asked.
 
     Raises:
         CalibrationError: an observer saw no data.
     """
-    _Converter(model, fold_constants, known or {}).run()
+    _Converter(model, fold_constants).run(known)
 
 
 class _Converter:
-    def __init__(self, model: GraphModule, fold_constants: Callable[[Node], bool], known: dict[int, QParams]) -> None:
+    def __init__(self, model: GraphModule, fold_constants: Callable[[Node], bool]) -> None:
         self.model, self.fold_constants = model, fold_constants
         self.constants = constant_nodes(model)
         self.names = Names(model)
-        self.qparams: dict[int, QParams] = dict(known)
+        self.qparams: dict[int, QParams] = {}
         self.buffers: dict[tuple[int, str], str] = {}
+        self.values: dict[tuple[int, str], torch.Tensor] = {}
         self.frozen: dict[tuple[Node, int], Node] = {}
+        self.integers: dict[tuple[Node, int], torch.Tensor] = {}
+        """What is not written yet: the integers of parameters, by node and id of the observer."""
+        self.to_write: list[Callable[[], None]] = []
 
-    def run(self) -> None:
+    def run(self, known: Known) -> None:
         calls = [(n, observer_of(self.model, n)) for n in self.model.graph.nodes]
         calls = [(node, observer) for node, observer in calls if observer is not None]
         others = [(node, observer) for node, observer in calls if not _converts_itself(observer)]
@@ -62,10 +74,25 @@ class _Converter:
         if len(others) < len(calls):
             complete_values(self.model)
         for node, observer in others:
-            self._convert(node, observer)
-            self.model.graph.erase_node(node)
+            self._allocate(node, observer)
+        with touching(list(self.integers.values())):
+            self.qparams |= known(self.model)
+            for node, observer in others:
+                self._convert(node, observer)
+                self.model.graph.erase_node(node)
+        for write in self.to_write:
+            write()
         for path in [name for name, module in self.model._modules.items() if hasattr(module, "calculate_qparams")]:
             delattr(self.model, path)
+
+    def _allocate(self, node: Node, observer: Any) -> None:
+        """Makes the tensor of a parameter's integers, early, so that its memory is there when it is written to."""
+        source = node.args[0]
+        assert isinstance(source, Node)
+        dtype, is_parameter = plain_dtype(observer.dtype), source.op == "get_attr" and source in self.constants
+        if is_parameter and dtype in INTEGER_DTYPES and self.fold_constants(node):
+            value = get_attribute(self.model, str(source.target))
+            self.integers[source, id(observer)] = torch.empty(value.shape, dtype=dtype, device=value.device)
 
     def _convert(self, node: Node, observer: Any) -> None:
         source = node.args[0]
@@ -84,7 +111,7 @@ class _Converter:
         constant = source in self.constants
         qparams = self._qparams(node, source, observer, constant)
         if constant and self.fold_constants(node):
-            quantized = self._freeze(node, source, qparams)
+            quantized = self._freeze(node, source, observer, qparams)
         else:
             quantized = self._quantize(node, source, qparams)
         self._dequantize_for_readers(node, source, quantized, qparams)
@@ -111,9 +138,10 @@ class _Converter:
         if key not in self.buffers:
             self.buffers[key] = self.names.new(prefix)
             self.model.register_buffer(self.buffers[key], value)
+            self.values[key] = fake_like(node.meta["val"], value.shape, value.dtype) if "val" in node.meta else value
         with node.graph.inserting_before(node):
             read = node.graph.get_attr(self.buffers[key])
-        read.meta["val"] = fake_like(node.meta["val"], value.shape, value.dtype) if "val" in node.meta else value
+        read.meta["val"] = self.values[key]
         inherit(read, node, PASS)
         return read
 
@@ -126,12 +154,14 @@ class _Converter:
         inherit(quantized, source, PASS)
         return quantized
 
-    def _freeze(self, node: Node, source: Node, qparams: QParams) -> Node:
+    def _freeze(self, node: Node, source: Node, observer: Any, qparams: QParams) -> Node:
         """Returns the node of the integer buffer that a constant becomes; one for all equal readings of it."""
-        key = (source, id(qparams))
+        key = (source, id(observer))
         if key in self.frozen:
             return self.frozen[key]
-        integers = qparams.quantize(evaluate(self.model, source))
+        value = evaluate(self.model, source)
+        integers = self.integers.get(key, torch.empty(value.shape, dtype=qparams.dtype, device=value.device))
+        self.to_write.append(lambda: qparams.quantize(value, integers))
         path = self.names.new("_frozen_param")
         self.model.register_buffer(path, integers)
         with node.graph.inserting_before(node):

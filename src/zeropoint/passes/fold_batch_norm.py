@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from zeropoint.annotate.plan import DECISION_KEY, Decision
 from zeropoint.graph.attributes import Names, attribute_reads, get_attribute, set_parameter
 from zeropoint.graph.bind import argument, set_argument
+from zeropoint.graph.compat import fake_like
 from zeropoint.graph.emit import inherit
 from zeropoint.graph.graph_pass import graph_pass
 from zeropoint.graph.layers import LAYERS, LINEAR, TRANSPOSED, scale_outputs
@@ -170,11 +171,6 @@ def _place(layer: Node, old: Node | None, value: torch.Tensor, tensors: _Tensors
     model.register_parameter(path, nn.Parameter(value, requires_grad=False))
     with graph.inserting_before(next(iter(graph.nodes))):
         node = graph.get_attr(path)
-    node.meta["val"] = _like(argument(layer, "weight"), value)
+    node.meta["val"] = fake_like(argument(layer, "weight").meta["val"], value.shape)
     inherit(node, layer, "fold_batch_norm")
     return node
-
-
-def _like(weight_node: Node, value: torch.Tensor) -> Any:
-    """Returns a fake tensor of the shape of ``value``, of the mode of the weight's own."""
-    return weight_node.meta["val"].new_empty(value.shape)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -46,6 +48,8 @@ class _Inserter:
         self.memory = Memory(model.graph)
         self.calls: dict[tuple[Node, int], Node] = {}
         """The call of an observer, by the tensor that it observes and the observer's id."""
+        self.called: dict[Node, Any] = {}
+        """The observer that each of those calls."""
         self.only_constants: dict[int, bool] = {}
         """Whether an observer, by id, has met constants only."""
         devices = {tensor.device for tensor in tensors_of(model).values()}
@@ -87,22 +91,21 @@ class _Inserter:
         readers = list(node.users)
         observer = self.observers[Site(node)]
         call = self._call(node, RepeatedObserver(observer) if self._was_seen(node, observer) else observer, "")
-        if observer is not self.model.get_submodule(str(call.target)):
-            self.calls[node, id(observer)] = call
+        self.calls[node, id(observer)] = call
         for reader in readers:
             reader.replace_input_with(node, call)
 
     def _was_seen(self, node: Node, observer: Any) -> bool:
         """True when a node only moves what its input's observer, the same one, looks at."""
         read = node.args[0] if node.target in MOVES and not self.look_again else None
-        if not isinstance(read, Node) or read.op != "call_module" or isinstance(observer, FakeQuantizeBase):
+        if read not in self.called or isinstance(observer, FakeQuantizeBase):
             return False
-        of_input = self.model.get_submodule(str(read.target))
+        of_input = self.called[read]
         return of_input is observer or getattr(of_input, "_answers", [None])[0] is observer
 
     def _call(self, source: Node, observer: Any, read_by: str) -> Node:
         name = self.names.new(PREFIX)
-        if self.device is not None and isinstance(observer, nn.Module):
+        if self.device is not None and any(buffer.device != self.device for buffer in _buffers(observer)):
             observer.to(self.device)
         self.model.add_submodule(name, observer)
         if not isinstance(observer, RepeatedObserver):
@@ -113,7 +116,7 @@ class _Inserter:
             call.meta["val"] = source.meta["val"]
         call.meta["from_node"] = created_from(source, "insert_observers")
         inherit(call, source, "insert_observers")
-        self.calls[source, id(observer)] = call
+        self.calls[source, id(observer)], self.called[call] = call, observer
         return call
 
     def _tell(self, observer: Any, source: Node, read_by: str) -> None:
@@ -125,6 +128,10 @@ class _Inserter:
             only_constants = self.only_constants.get(id(observer), True) and source in self.constants
             self.only_constants[id(observer)] = only_constants
             object.__setattr__(observer, "constant_input", only_constants)
+
+
+def _buffers(observer: Any) -> Iterator[torch.Tensor]:
+    return observer.buffers() if isinstance(observer, nn.Module) else iter(())
 
 
 def _writes_to_buffer(site: Site, source: Node) -> bool:

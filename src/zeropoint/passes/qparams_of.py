@@ -29,15 +29,16 @@ class QParams:
     dtype: torch.dtype
     ch_axis: int | None
 
-    def quantize(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the integers of a tensor, as the operator that the graph would use gives them."""
+    def quantize(self, tensor: torch.Tensor, out: torch.Tensor) -> None:
+        """Writes the integers of a tensor to ``out``, as the operator that the graph would use gives them."""
         limits = (self.quant_min, self.quant_max, self.dtype)
         tensor = tensor.float()
         if self.dtype in IN_BLOCKS and not self.zero_point.is_floating_point():
-            return quantize_in_blocks(tensor, self.scale, self.zero_point, self.ch_axis, *limits)
-        if self.ch_axis is None:
-            return ops.QUANTIZE_PER_TENSOR(tensor, self.scale.item(), int(self.zero_point.item()), *limits)
-        return ops.QUANTIZE_PER_CHANNEL(tensor, self.scale, self.zero_point, self.ch_axis, *limits)
+            quantize_in_blocks(tensor, self.scale, self.zero_point, self.ch_axis, *limits, out)
+        elif self.ch_axis is None:
+            out.copy_(ops.QUANTIZE_PER_TENSOR(tensor, self.scale.item(), int(self.zero_point.item()), *limits))
+        else:
+            out.copy_(ops.QUANTIZE_PER_CHANNEL(tensor, self.scale, self.zero_point, self.ch_axis, *limits))
 
 
 def observer_of(model: GraphModule, node: Node) -> Any:
