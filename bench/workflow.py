@@ -109,12 +109,12 @@ def compare_models(names: list[str], rounds: int) -> dict[str, Any]:
 
 
 def scaling(sizes: tuple[int, ...]) -> dict[str, float]:
-    """Returns the seconds of prepare and convert by number of linear layers: the better of two runs."""
+    """Returns the seconds of prepare and convert by number of linear layers: the best of five runs."""
     figures: dict[str, float] = {}
     for size in sizes:
         module, inputs = architectures.linears(size)
         graph = torch.export.export(module.eval(), inputs).module()
-        runs = [run_ours(graph, inputs) for _ in range(2)]
+        runs = [run_ours(graph, inputs) for _ in range(5)]
         figures[str(size)] = min(run["prepare_s"] + run["convert_s"] for run in runs)
     values = list(figures.values())
     growth = ", ".join(f"{b / a:.2f}" for a, b in itertools.pairwise(values))

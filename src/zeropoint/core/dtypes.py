@@ -9,18 +9,18 @@ from zeropoint.core.errors import SpecError
 INTEGER_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32)
 """Storage types of quantized tensors. 4-bit values are held in int8 / uint8 with a narrower range."""
 
-LEGACY_DTYPES = (
-    (torch.qint8, torch.int8),
-    (torch.quint8, torch.uint8),
-    (torch.qint32, torch.int32),
-    (torch.quint4x2, torch.uint8),
-)
+LEGACY_DTYPES = {
+    torch.qint8: torch.int8,
+    torch.quint8: torch.uint8,
+    torch.qint32: torch.int32,
+    torch.quint4x2: torch.uint8,
+}
 """torch's older quantized types, and the plain type that holds the same integers."""
 
 
 def plain_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the plain integer dtype of a legacy ``torch.q*`` dtype; any other dtype as it is."""
-    return dict(LEGACY_DTYPES).get(dtype, dtype)
+    return LEGACY_DTYPES.get(dtype, dtype)
 
 
 def integer_range(dtype: torch.dtype) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from torch.fx import Node
 
 from zeropoint.graph.compat import OpOverload
+from zeropoint.graph.schema import schema_of
 
 PYTHON_ARGUMENTS = ((operator.getitem, ("sequence", "index")),)
 """Argument names of the Python functions in exported graphs that carry no schema; others are counted."""
@@ -40,26 +40,10 @@ class Site:
         return f"{self.node.name}.{place}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Signature:
-    """Names of an operator's positional arguments, in order, and the defaults of all its arguments, by name."""
-
-    names: tuple[str, ...]
-    defaults: dict[str, Any]
-
-
-@functools.lru_cache(1024)
-def _signature(operator: OpOverload) -> _Signature:
-    """Reading a schema takes as long as a pass has for a node: operators are few, and each is read once."""
-    declared = operator._schema.arguments
-    defaults = {each.name: each.default_value for each in declared if each.has_default_value()}
-    return _Signature(tuple(each.name for each in declared if not each.kwarg_only), defaults)
-
-
 def argument_names(node: Node) -> tuple[str, ...]:
     """Returns the names of the node's positional arguments, in order; ``arg0, arg1, ...`` where there is no schema."""
     if isinstance(node.target, OpOverload):
-        return _signature(node.target).names
+        return schema_of(node.target).names
     for function, names in PYTHON_ARGUMENTS:
         if node.target is function:
             return names
@@ -76,7 +60,7 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
     bound = bind(node)
     if name in bound:
         return bound[name]
-    return _signature(node.target).defaults.get(name, default) if isinstance(node.target, OpOverload) else default
+    return schema_of(node.target).defaults.get(name, default) if isinstance(node.target, OpOverload) else default
 
 
 def reads(node: Node) -> Iterator[tuple[Site, Node]]:

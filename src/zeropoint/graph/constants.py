@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 from zeropoint.graph.attributes import get_attribute
 from zeropoint.graph.compat import OpOverload, is_tensor_value
 from zeropoint.graph.memory import shares_memory_with, written_by
+from zeropoint.graph.schema import schema_of
 
 FLOAT_PATH_KEY = "zeropoint_float_path"
 """Metadata of a constant that stands for another: the path of what it was made of."""
@@ -67,8 +68,7 @@ def _is_pure_function(node: Node) -> bool:
     if node.op != "call_function":
         return False
     if isinstance(node.target, OpOverload):
-        schema = node.target._schema
-        return not schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+        return schema_of(node.target).is_pure
     return getattr(node.target, "__module__", "") in ("_operator", "operator", "math")
 
 

@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 
 from zeropoint.graph.bind import bind
 from zeropoint.graph.compat import OpOverload
+from zeropoint.graph.schema import schema_of
 
 aten = torch.ops.aten
 UNDECLARED = (aten.dropout.default, aten.feature_dropout.default, aten.type_as.default)
@@ -26,25 +27,23 @@ def shares_memory_with(node: Node) -> Iterator[Node]:
         if isinstance(node.args[0], Node):
             yield node.args[0]
     elif isinstance(node.target, OpOverload):
-        bound = bind(node)
-        for declared in node.target._schema.arguments:
-            if declared.alias_info is not None:
-                yield from _nodes(bound.get(declared.name))
+        yield from _arguments(node, schema_of(node.target).shared)
 
 
 def written_by(node: Node) -> Iterator[Node]:
     """Yields the nodes whose memory the node writes to."""
-    if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
-        bound = bind(node)
-        for declared in node.target._schema.arguments:
-            if declared.alias_info is not None and declared.alias_info.is_write:
-                yield from _nodes(bound.get(declared.name))
+    if isinstance(node.target, OpOverload):
+        yield from _arguments(node, schema_of(node.target).written)
 
 
-def _nodes(value: object) -> Iterator[Node]:
-    for item in value if isinstance(value, (list, tuple)) else [value]:
-        if isinstance(item, Node):
-            yield item
+def _arguments(node: Node, names: tuple[str, ...]) -> Iterator[Node]:
+    """Yields the nodes that are passed as arguments of these names, those in lists too."""
+    bound = bind(node) if names else {}
+    for name in names:
+        value = bound.get(name)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, Node):
+                yield item
 
 
 class Memory:

@@ -21,7 +21,7 @@ def module_stack(node: Node) -> tuple[tuple[str, str], ...]:
     stack = node.meta.get("nn_module_stack")
     if not stack and node.op == "get_attr" and node.users:
         stack = next(iter(node.users)).meta.get("nn_module_stack")
-    return tuple((_normal_path(path), _type_name(kind)) for path, kind in (stack or {}).values())
+    return tuple((_normal_path(path), _type_name(kind)) for path, kind in stack.values()) if stack else ()
 
 
 @functools.lru_cache(4096)
@@ -31,6 +31,8 @@ def _normal_path(path: str) -> str:
 
 
 def _type_name(kind: object) -> str:
+    if isinstance(kind, str):
+        return kind
     return f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)
 
 

@@ -121,7 +121,7 @@ class _Converter:
         if id(observer) not in self.qparams:
             if constant:
                 observe_constant(observer, lambda: evaluate(self.model, source))
-            self.qparams[id(observer)] = qparams_of(observer, describe(source))
+            self.qparams[id(observer)] = qparams_of(observer, source)
         return self.qparams[id(observer)]
 
     def _scale_and_zero_point(self, node: Node, qparams: QParams) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,10 @@ from torch.fx import GraphModule, Node
 from zeropoint.core.dtypes import checked_range, integer_range, plain_dtype
 from zeropoint.core.errors import CalibrationError
 from zeropoint.core.specs import PER_CHANNEL
+from zeropoint.graph.source import describe
 from zeropoint.numerics import ops
 from zeropoint.numerics.blocks import quantize_in_blocks
+from zeropoint.numerics.observers import ObserverBase
 
 IN_BLOCKS = (torch.int8, torch.uint8, torch.int16)
 
@@ -60,31 +63,33 @@ def observe_constant(observer: Any, value: Callable[[], torch.Tensor]) -> None:
 
 
 def _saw_nothing(observer: Any) -> bool:
-    """True when the range of an observer, or of the one in a fake quantizer, is still empty."""
+    """True when the range of another package's observer is empty: it would give scale 1. Ours say so themselves."""
+    if isinstance(observer, ObserverBase):
+        return False
     low = getattr(getattr(observer, "activation_post_process", observer), "min_val", None)
     return isinstance(low, torch.Tensor) and (low.numel() == 0 or not bool(torch.isfinite(low).all()))
 
 
-def qparams_of(observer: Any, where: str) -> QParams:
-    """Returns what an observer says, checked.
+def qparams_of(observer: Any, node: Node) -> QParams:
+    """Returns what an observer says, checked. ``node``: what an error is about.
 
     Raises:
         CalibrationError: it saw no data, or its scale is not finite and positive.
     """
-    if _saw_nothing(observer):  # Other packages' observers give scale 1 then.
+    if _saw_nothing(observer):
         what = f"no data reached this {type(observer).__name__}"
         remedy = "Run the prepared model on calibration data that reaches this tensor before converting."
-        raise CalibrationError(what, where=where, remedy=remedy)
+        raise CalibrationError(what, where=describe(node), remedy=remedy)
     try:
         scale, zero_point = observer.calculate_qparams()
     except CalibrationError as error:
-        raise CalibrationError(error.what, where=where, remedy=error.remedy) from error
+        raise CalibrationError(error.what, where=describe(node), remedy=error.remedy) from error
     scale = torch.as_tensor(scale).detach().reshape(-1).float()
     zero_point = torch.as_tensor(zero_point).detach().reshape(-1)
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise CalibrationError(
-            f"its scale is {scale.tolist()[:4]}", where=where, remedy="Look at the calibration data."
-        )
+    smallest, largest = scale.aminmax()
+    if not 0 < smallest.item() <= largest.item() < math.inf:
+        what = f"its scale is {scale.tolist()[:4]}"
+        raise CalibrationError(what, where=describe(node), remedy="Look at the calibration data.")
     low, high = limits_of(observer)
     per_channel = observer.qscheme in PER_CHANNEL
     if not per_channel:

@@ -22,7 +22,6 @@ from zeropoint.graph.bind import argument
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.constants import constant_nodes, evaluate
 from zeropoint.graph.layers import LAYERS
-from zeropoint.graph.source import describe
 from zeropoint.passes.qparams_of import QParams, observe_constant, observer_of, qparams_of
 
 SMALLEST_DENOMINATOR = 256
@@ -50,7 +49,7 @@ def steady_weight_scales(model: GraphModule) -> dict[int, QParams]:
         try:
             for observer in observers:
                 if id(observer) not in found:
-                    found[id(observer)] = qparams_of(observer, describe(node))
+                    found[id(observer)] = qparams_of(observer, node)
         except CalibrationError:
             continue  # Convert raises it, with the name of the tensor.
         x, w, y = (found[id(observer)] for observer in observers)
