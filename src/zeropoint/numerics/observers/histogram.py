@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from zeropoint.core.dtypes import integer_range
@@ -161,21 +162,23 @@ def count(x: torch.Tensor, bins: int, low: float, high: float) -> torch.Tensor:
 
 def _count_in_pieces(x: torch.Tensor, bins: int, low: float, high: float) -> torch.Tensor:
     lanes = LANES if LANES * (bins + 1) <= torch.iinfo(torch.int16).max else 1
-    places = scratch(min(PIECE, len(x)), torch.float32)
-    indices = scratch(len(places), torch.int32 if lanes == 1 else torch.int16)
-    counts = torch.zeros(lanes * (bins + 1), dtype=torch.int64)
-    span = x.new_tensor(high) - x.new_tensor(low)
-    for piece in x.split(PIECE):
-        place = places[: len(piece)]
+    size = min(PIECE, x.numel())
+    places, indices = scratch(size, torch.float32), scratch(size, torch.int32 if lanes == 1 else torch.int16)
+    span = float(np.float32(high) - np.float32(low))
+    counts: torch.Tensor | None = None
+    for piece in x.split(size):
+        place, index = places[: piece.numel()], indices[: piece.numel()]
         above = torch.sub(piece, low, out=place) if low else piece
         if bins & (bins - 1) == 0:  # Multiplying by a power of 2 does not round.
             torch.div(above, span / bins, out=place)
         else:
             torch.mul(above, bins, out=place).div_(span)
-        index = indices[: len(piece)].copy_(place)
+        index.copy_(place)
         if lanes > 1:
             _spread(index, bins + 1)
-        counts += torch.bincount(index, minlength=len(counts))
+        found = torch.bincount(index, minlength=lanes * (bins + 1))
+        counts = found if counts is None else counts.add_(found)
+    assert counts is not None
     merged = counts.reshape(lanes, bins + 1).sum(0)
     merged[bins - 1] += merged[bins]
     return merged[:bins]
@@ -183,7 +186,7 @@ def _count_in_pieces(x: torch.Tensor, bins: int, low: float, high: float) -> tor
 
 def _spread(index: torch.Tensor, size: int) -> None:
     """Adds ``size``, 2 ``size``, 3 ``size`` to the last three of each four int16 indices, by one addition of int64."""
-    whole = index[: len(index) // LANES * LANES]
+    whole = index[: index.numel() // LANES * LANES]
     whole.view(torch.int64).add_(sum(lane * size << 16 * lane for lane in range(LANES)))
 
 
