@@ -330,6 +330,51 @@ def test_integer_arithmetic_and_masks_are_left_alone():
     assert agreement(model, lowered, (ids, mask)) > 40
 
 
+class Distances(nn.Module):
+    """Logarithms of distances between places, which are infinite at 0, choose a bias, as in T5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.biases = nn.Linear(8, 8), nn.Embedding(6, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(x.shape[1])
+        distances = (places[None, :] - places[:, None]).abs()
+        far = (torch.log(distances.float() / 2) / 0.7 * 3).to(torch.long)
+        return self.layer(x) + self.biases(torch.where(distances < 3, distances, far.clamp(0, 5))).sum(1)
+
+
+def test_float_made_of_places_is_left_alone():
+    torch.manual_seed(0)
+    net, inputs = Distances(), (torch.randn(2, 10, 8),)
+    model = converted(net, XNNPACKQuantizer().set_global(INT8), *inputs)
+    (scaled,) = [row for row in record_of(model).coverage if row.operator == "mul"]
+    assert "a mask or a position, not data" in scaled.reason
+    with torch.no_grad():
+        assert sqnr_db(net(*inputs), model(*inputs)) > 25
+
+
+class Converts(nn.Module):
+    """Conversions to the type that a tensor is of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x.to(torch.float32)).type_as(x)
+        return self.second(F.relu(x).to(x.device, copy=False)).to(torch.float64)
+
+
+def test_conversions_that_do_nothing_are_removed():
+    inputs = (torch.randn(4, 8),)
+    model = converted(Converts(), XNNPACKQuantizer().set_global(INT8), *inputs)
+    rows = record_of(model).coverage
+    assert [row.operator for row in rows] == ["linear", "relu", "linear", "to"]
+    assert [row.is_quantized for row in rows] == [True, True, True, False]
+    assert model(*inputs).dtype == torch.float64
+
+
 def test_tied_linear_layers():
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -127,13 +127,13 @@ def made_of_integers(model: GraphModule) -> set[Node]:
     number: set[Node] = set()
     for node in model.graph.nodes:
         value = node.meta.get("val")
-        if node.op in ("placeholder", "get_attr"):
-            if not isinstance(value, torch.Tensor) or value.dim() == 0:
-                number.add(node)
-            elif not value.is_floating_point():
-                integer.add(node)
-        elif node.all_input_nodes and all(n in integer or n in number for n in node.all_input_nodes):
-            (integer if any(n in integer for n in node.all_input_nodes) else number).add(node)
+        if node.all_input_nodes and node.op != "output":
+            if all(n in integer or n in number for n in node.all_input_nodes):
+                (integer if any(n in integer for n in node.all_input_nodes) else number).add(node)
+        elif not isinstance(value, torch.Tensor) or value.dim() == 0:
+            number.add(node)
+        elif not value.is_floating_point():
+            integer.add(node)
     return integer
 
 

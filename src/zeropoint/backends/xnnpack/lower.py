@@ -13,13 +13,15 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from zeropoint.backends.xnnpack.sound import GEMMS, SIZE_RULES, check_sound
+from zeropoint.backends.xnnpack.sound import GEMMS, SAME_SCALE, SIZE_RULES, check_sound
 from zeropoint.backends.xnnpack.transform import TO_LOWER, erase_no_ops, spell
 from zeropoint.core.errors import LoweringError
 from zeropoint.core.extras import import_extra
 from zeropoint.graph.attributes import Names, get_attribute
-from zeropoint.graph.bind import argument, set_argument
+from zeropoint.graph.bind import argument, reads, replace_read, set_argument
 from zeropoint.graph.capture import capture, require_exported
+from zeropoint.graph.chains import sole_reader
+from zeropoint.graph.emit import Emitter
 from zeropoint.graph.inputs import as_inputs, check_inputs
 from zeropoint.numerics import ops
 
@@ -66,6 +68,7 @@ def lower_program(
     _check_converted(model)
     check_inputs(model, as_inputs(example_inputs, EXAMPLES), EXAMPLES)
     erase_no_ops(model)
+    give_each_move_one_scale(model)
     check_sound(model)
     give_each_layer_its_bias(model)
     give_each_reader_its_dequantize(model)
@@ -117,6 +120,22 @@ def give_each_reader_its_dequantize(model: GraphModule) -> None:
             with node.graph.inserting_after(node):
                 own = node.graph.node_copy(node)
             reader.replace_input_with(node, own)
+
+
+def give_each_move_one_scale(model: GraphModule) -> None:
+    """Requantizes what an operator that only moves or picks values reads, where its output has another scale.
+
+    Before or after it is the same: values are rounded one by one, and rounding keeps their order.
+    """
+    for node in list(model.graph.nodes):
+        reader = sole_reader(node)
+        if node.target not in SAME_SCALE or reader is None or reader.target is not ops.QUANTIZE_PER_TENSOR:
+            continue
+        for site, source in list(reads(node)):
+            if source.target is ops.DEQUANTIZE_PER_TENSOR and source.args[1:5] != reader.args[1:5]:
+                emit = Emitter(node, "give_each_move_one_scale")
+                quantized = emit.call(ops.QUANTIZE_PER_TENSOR, source, *reader.args[1:])
+                replace_read(site, emit.call(ops.DEQUANTIZE_PER_TENSOR, quantized, *reader.args[1:]))
 
 
 def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> LoweredProgram:

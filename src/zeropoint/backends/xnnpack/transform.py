@@ -20,10 +20,12 @@ from zeropoint.graph.graph_pass import remove_dead_code
 
 aten = torch.ops.aten
 PASS = "xnnpack.transform"
+CONVERSIONS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
+"""Operators that return their input itself where it is of the wanted type already."""
 
 
 def erase_no_ops(model: GraphModule) -> None:
-    """Removes dropout in eval mode, clones and detaches: one between an operator and its q breaks the pattern."""
+    """Removes dropout in eval mode, clones, detaches, conversions to what a tensor is: each would break a pattern."""
     for node in list(model.graph.nodes):
         if _is_no_op(node):
             node.replace_all_uses_with(node.args[0])
@@ -35,7 +37,14 @@ def _is_no_op(node: Node) -> bool:
         return not argument(node, "train")
     if node.target is aten.clone.default:
         return argument(node, "memory_format") is None
+    if node.target in CONVERSIONS:
+        return not argument(node, "copy") and argument(node, "memory_format") is None and _keeps_type(node)
     return node.target in (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
+
+
+def _keeps_type(node: Node) -> bool:
+    before, after = node.all_input_nodes[0].meta["val"], node.meta["val"]
+    return (before.dtype, before.device, before.layout) == (after.dtype, after.device, after.layout)
 
 
 def spell(model: GraphModule, spellings: Spellings) -> None:
