@@ -48,7 +48,8 @@ def observer_of(model: GraphModule, node: Node) -> Any:
     """Returns the observer or fake quantizer that a node calls, of any package; None where it calls none."""
     if node.op != "call_module":
         return None
-    module = model.get_submodule(str(node.target))
+    path = str(node.target)
+    module = model._modules.get(path) or model.get_submodule(path)
     return module if hasattr(module, "calculate_qparams") else None
 
 
