@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from zeropoint.graph.attributes import owner_and_name
-from zeropoint.graph.compat import created_from, fake_mode_of
+from zeropoint.graph.compat import created_from, fake_like, fake_mode_of
 
 INHERITED = (
     "debug_handle",
@@ -32,6 +32,24 @@ def inherit(node: Node, origin: Node, pass_name: str) -> None:
             node.meta[key] = origin.meta[key]
     if "from_node" not in node.meta:
         node.meta["from_node"] = created_from(origin, pass_name)
+
+
+class Fakes:
+    """Fake tensors for metadata, one for each size and type: making one takes as long as making a node."""
+
+    def __init__(self) -> None:
+        self._made: dict[object, torch.Tensor] = {}
+
+    def like(self, value: torch.Tensor, shape: torch.Size | None = None, dtype: Any = None) -> torch.Tensor:
+        """Returns what ``fake_like`` does; a free size is made anew each time."""
+        sizes = tuple(value.shape if shape is None else shape)
+        stride = value.stride() if shape is None else None
+        if not all(isinstance(size, int) for size in sizes):
+            return fake_like(value, shape, dtype)
+        key = (sizes, stride, value.dtype if dtype is None else dtype, value.device)
+        if key not in self._made:
+            self._made[key] = fake_like(value, shape, dtype)
+        return self._made[key]
 
 
 class Emitter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,23 +10,19 @@ from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.annotation import Q_ANNOTATION_KEY, is_valid_annotation
 from zeropoint.core.dtypes import INTEGER_DTYPES, plain_dtype
-from zeropoint.core.errors import GraphError, SpecError
-from zeropoint.core.specs import PER_CHANNEL
+from zeropoint.core.errors import GraphError
 from zeropoint.graph.attributes import Names, get_attribute
-from zeropoint.graph.compat import created_from, fake_like
+from zeropoint.graph.compat import created_from
 from zeropoint.graph.constants import FLOAT_PATH_KEY, constant_nodes, evaluate
-from zeropoint.graph.emit import Emitter, complete_values, inherit
+from zeropoint.graph.emit import Fakes, complete_values, inherit
 from zeropoint.graph.graph_pass import bodies, graph_pass
-from zeropoint.graph.source import describe
 from zeropoint.numerics import ops
 from zeropoint.numerics.scratch import touching
-from zeropoint.passes.qparams_of import QParams, limits_of, observe_constant, observer_of, qparams_of
+from zeropoint.passes.qparams_of import QParams, observe_constant, observer_of, qparams_of
+from zeropoint.passes.run_time import out_dtype, quantize_at_run_time, to_half_and_back
 
 PASS = "convert"
-CONVERT_ELEMENT_TYPE = torch.ops.quantized_decomposed.convert_element_type.no_fuse
 FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
-
-
 Known = Callable[[GraphModule], dict[int, QParams]]
 
 
@@ -58,7 +53,7 @@ class _Converter:
         self.names = Names(model)
         self.qparams: dict[int, QParams] = {}
         self.buffers: dict[tuple[int, str], str] = {}
-        self.values: dict[tuple[int, str], torch.Tensor] = {}
+        self.fakes = Fakes()
         self.frozen: dict[tuple[Node, int], Node] = {}
         self.integers: dict[tuple[Node, int], torch.Tensor] = {}
         """What is not written yet: the integers of parameters, by node and id of the observer."""
@@ -99,11 +94,11 @@ class _Converter:
         assert isinstance(source, Node)
         dtype = plain_dtype(observer.dtype)
         if dtype == torch.float16:
-            self._to_half_and_back(node, source)
+            to_half_and_back(node, source)
         elif dtype not in (*INTEGER_DTYPES, *FLOAT8):
             node.replace_all_uses_with(source)
         elif getattr(observer, "is_dynamic", False):
-            self._dynamic(node, source, observer)
+            quantize_at_run_time(node, source, observer)
         else:
             self._static(node, source, observer)
 
@@ -138,10 +133,10 @@ class _Converter:
         if key not in self.buffers:
             self.buffers[key] = self.names.new(prefix)
             self.model.register_buffer(self.buffers[key], value)
-            self.values[key] = fake_like(node.meta["val"], value.shape, value.dtype) if "val" in node.meta else value
         with node.graph.inserting_before(node):
             read = node.graph.get_attr(self.buffers[key])
-        read.meta["val"] = self.values[key]
+        like = node.meta.get("val")
+        read.meta["val"] = value if like is None else self.fakes.like(like, value.shape, value.dtype)
         inherit(read, node, PASS)
         return read
 
@@ -150,7 +145,7 @@ class _Converter:
         with node.graph.inserting_before(node):
             arguments = self._scale_and_zero_point(node, qparams)
             quantized = node.graph.call_function(target, (source, *arguments))
-        _set_value(quantized, source, qparams.dtype)
+        self._set_value(quantized, source, qparams.dtype)
         inherit(quantized, source, PASS)
         return quantized
 
@@ -167,7 +162,7 @@ class _Converter:
         with node.graph.inserting_before(node):
             frozen = node.graph.get_attr(path)
         frozen.meta = {**source.meta}
-        _set_value(frozen, source, qparams.dtype)
+        self._set_value(frozen, source, qparams.dtype)
         frozen.meta["from_node"] = created_from(source, PASS)
         frozen.meta[FLOAT_PATH_KEY] = _float_path(source)
         self.frozen[key] = frozen
@@ -182,38 +177,17 @@ class _Converter:
             if dequantized is None:
                 with node.graph.inserting_before(node):
                     arguments = self._scale_and_zero_point(node, qparams)
-                    dequantized = node.graph.call_function(target, (quantized, *arguments), _out_dtype(source))
-                _set_value(dequantized, source, None)
+                    dequantized = node.graph.call_function(target, (quantized, *arguments), out_dtype(source))
+                self._set_value(dequantized, source, None)
                 inherit(dequantized, reader if annotated else source, PASS)
             others = others if annotated else dequantized
             reader.replace_input_with(node, dequantized)
 
-    def _dynamic(self, node: Node, source: Node, observer: Any) -> None:
-        """Emits choose_qparams, quantize and dequantize with scale and zero point as tensors."""
-        choose = ops.CHOOSE_QPARAMS
-        if observer.qscheme in (torch.per_tensor_symmetric,):
-            choose = ops.CHOOSE_QPARAMS_SYMMETRIC
-        if observer.qscheme in PER_CHANNEL or plain_dtype(observer.dtype) not in (torch.int8, torch.uint8):
-            what = f"dynamic quantization to {observer.dtype}, {observer.qscheme}"
-            remedy = "Use int8 or uint8 and a per-tensor scheme."
-            raise SpecError(what, where=describe(source), remedy=remedy)
-        limits = limits_of(observer)
-        eps = observer.eps.item() if isinstance(observer.eps, torch.Tensor) else observer.eps
-        dtype = plain_dtype(observer.dtype)
-        emit = Emitter(node, PASS)
-        chosen = emit.call(choose, source, *limits, eps, dtype)
-        scale, zero_point = emit.call(operator.getitem, chosen, 0), emit.call(operator.getitem, chosen, 1)
-        quantized = emit.call(ops.QUANTIZE_PER_TENSOR_TENSOR, source, scale, zero_point, *limits, dtype)
-        back = emit.call(
-            ops.DEQUANTIZE_PER_TENSOR_TENSOR, quantized, scale, zero_point, *limits, dtype, **_out_dtype(source)
-        )
-        node.replace_all_uses_with(back)
-
-    def _to_half_and_back(self, node: Node, source: Node) -> None:
-        emit = Emitter(node, PASS)
-        half = emit.call(CONVERT_ELEMENT_TYPE, source, torch.float16)
-        dtype = _out_dtype(source).get("out_dtype", torch.float32)
-        node.replace_all_uses_with(emit.call(CONVERT_ELEMENT_TYPE, half, dtype))
+    def _set_value(self, node: Node, source: Node, dtype: torch.dtype | None) -> None:
+        """Gives a node the ``val`` of its source, of another dtype where one is given."""
+        value = source.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            node.meta["val"] = value if dtype is None else self.fakes.like(value, dtype=dtype)
 
 
 def _float_path(source: Node) -> str:
@@ -238,20 +212,6 @@ def none(node: Node) -> bool:
 def _converts_itself(observer: Any) -> bool:
     """True for an observer of another package whose ``convert(model, node)`` replaces the node that calls it."""
     return callable(getattr(observer, "convert", None))
-
-
-def _out_dtype(source: Node) -> dict[str, Any]:
-    value = source.meta.get("val")
-    if isinstance(value, torch.Tensor) and value.dtype != torch.float32:
-        return {"out_dtype": value.dtype}
-    return {}
-
-
-def _set_value(node: Node, source: Node, dtype: torch.dtype | None) -> None:
-    """Gives a node the ``val`` of its source, of another dtype where one is given."""
-    value = source.meta.get("val")
-    if isinstance(value, torch.Tensor):
-        node.meta["val"] = value if dtype is None else fake_like(value, dtype=dtype)
 
 
 def require_observed(model: GraphModule) -> None:

@@ -82,14 +82,17 @@ def bias_scale(model: GraphModule, node: Node) -> torch.Tensor | None:
 
 def on_grid(value: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Returns the values rounded to int32 multiples of the scale."""
-    steps = torch.round(value.double() / scale.double()).clamp(INT32.min, INT32.max)
-    return (steps * scale.double()).to(value.dtype)
+    return (_steps(value, scale).clamp(INT32.min, INT32.max) * scale).to(value.dtype)
+
+
+def _steps(value: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.round(value.double() / scale)
 
 
 def _round(name: str, value: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, BiasRounding]:
-    steps = torch.round(value.double() / scale.double())
+    steps = _steps(value, scale)
     kept = steps.clamp(INT32.min, INT32.max)
-    rounded = on_grid(value, scale)
+    rounded = (kept * scale).to(value.dtype)
     overflowed = (steps != kept).flatten()
     to_zero = ((kept == 0) & (value != 0)).flatten()
     fits = (rounded - value).abs().flatten()[~overflowed]

@@ -42,8 +42,8 @@ def quantile_path(histogram: torch.Tensor) -> Iterator[tuple[int, int]]:
     start, end, i, j = 0, len(counts) - 1, 0, 0
     while start < end and j < len(upper) and (lower[i - 1] if i else 0.0) < (upper[j - 1] if j else 1.0):
         left, right = np.float32(lower[i] * total), np.float32(upper[j] * total)
-        to_start = _within(np.searchsorted(counts, left, "left"), start, end)
-        to_end = _within(np.searchsorted(counts, right, "right") - 1, start, end)
+        to_start = _within(counts.searchsorted(left, "left"), start, end)
+        to_end = _within(counts.searchsorted(right, "right") - 1, start, end)
         if to_start - start > end - to_end:
             start, i = to_start, i + 1
         elif to_end < end:
