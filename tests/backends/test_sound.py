@@ -424,6 +424,31 @@ def test_moves_to_another_scale_are_repaired():
         assert (expected - got).abs().max() < 1.01 * OUT, str(case)  # From 0.03 to 0.06, every second value is a tie.
 
 
+class Converted(nn.Module):
+    """A conversion that does nothing, and a pool to another scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(self.conv(x).to(torch.float32), 2, 2)
+
+
+def test_graphs_of_torchao_which_say_no_values():
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as theirs
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e as convert
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e as prepare
+
+    inputs = (torch.randn(1, 4, 8, 8),)
+    quantizer = theirs.XNNPACKQuantizer().set_global(theirs.get_symmetric_quantization_config(is_per_channel=True))
+    prepared = prepare(export(Converted().eval(), *inputs), quantizer)
+    prepared(*inputs)
+    model = convert(prepared)
+    assert any("val" not in node.meta for node in model.graph.nodes if node.op == "call_function")
+    assert verify(lower(model, inputs), model, [inputs], lower).sqnr_db > 35
+
+
 def test_lowering_leaves_the_model_as_it_was():
     inputs = (torch.randn(ROWS),)
     model = exported(shared_bias(), *inputs)

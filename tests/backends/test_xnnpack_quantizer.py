@@ -344,10 +344,14 @@ class Distances(nn.Module):
         return self.layer(x) + self.biases(torch.where(distances < 3, distances, far.clamp(0, 5))).sum(1)
 
 
-def test_float_made_of_places_is_left_alone():
+@pytest.mark.parametrize("free", [False, True])
+def test_float_made_of_places_is_left_alone(free: bool):
     torch.manual_seed(0)
-    net, inputs = Distances(), (torch.randn(2, 10, 8),)
-    model = converted(net, XNNPACKQuantizer().set_global(INT8), *inputs)
+    net, inputs = Distances().eval(), (torch.randn(2, 10, 8),)
+    exported = torch.export.export(net, inputs, dynamic_shapes=({1: torch.export.Dim.DYNAMIC},) if free else None)
+    prepared = prepare_pt2e(exported.module(), XNNPACKQuantizer().set_global(INT8))
+    prepared(*inputs)
+    model = convert_pt2e(prepared)
     (scaled,) = [row for row in record_of(model).coverage if row.operator == "mul"]
     assert "a mask or a position, not data" in scaled.reason
     with torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule
 
 from zeropoint.core.errors import GraphError, SpecError
-from zeropoint.graph.graph_pass import bodies, graph_pass
+from zeropoint.graph.graph_pass import bodies, graph_pass, remove_dead_code
 
 aten = torch.ops.aten
 
@@ -61,8 +61,20 @@ def test_a_graph_that_a_pass_breaks_is_an_error():
         output = models.find(model, "output")
         models.find(model, "placeholder").prepend(output)
 
-    with pytest.raises(GraphError, match="shuffle: the pass failed"):
+    with pytest.raises(GraphError, match="shuffle: the pass failed: RuntimeError: output reads linear before"):
         shuffle(models.exported(models.linear))
+
+
+def test_what_dead_code_reads_is_dead_too():
+    model = models.exported(models.linear)
+    linear = models.find(model, "linear")
+    nodes = [node.name for node in model.graph.nodes]
+    with model.graph.inserting_after(linear):
+        first = model.graph.call_function(aten.relu.default, (linear,))
+        second = model.graph.call_function(aten.relu.default, (first,))
+    first.append(second)
+    remove_dead_code(model.graph)
+    assert [node.name for node in model.graph.nodes] == nodes
 
 
 @pytest.mark.parametrize(

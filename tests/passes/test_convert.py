@@ -400,6 +400,29 @@ def test_no_data_names_the_tensor():
         convert_pt2e(prepared(models.linear, calibrate=False))
 
 
+def test_converting_again_after_an_error_is_converting_once():
+    """The model of a convert that failed is as it was: calibrate it, as the message says, and convert."""
+    _, inputs = models.mlp()
+    model = prepared(models.mlp, calibrate=False)
+    before = show(model)
+    with pytest.raises(CalibrationError, match="Run the prepared model"):
+        convert_pt2e(model)
+    assert show(model) == before
+    model(*inputs)
+    torch.testing.assert_close(convert_pt2e(model)(*inputs), converted(models.mlp)(*inputs), rtol=0, atol=0)
+
+
+def test_converting_in_inference_mode(monkeypatch, recwarn):
+    """Large weights get their memory from another thread, which is in no such mode."""
+    monkeypatch.setattr("zeropoint.numerics.scratch.WORTH_A_THREAD", 1)
+    _, inputs = models.mlp()
+    with torch.inference_mode():
+        model = prepared(models.mlp)
+        inside = convert_pt2e(model)(*inputs)
+    assert torch.equal(inside, converted(models.mlp)(*inputs))
+    assert not [warning for warning in recwarn if "thread" in str(warning.message)]
+
+
 def test_no_data_reached_a_fake_quantizer():
     fake = FakeQuantize.with_args(observer=MovingAverageMinMaxObserver)
     function = linear_with(input=quantizers.activation(observer_or_fake_quant_ctr=fake))

@@ -29,6 +29,33 @@ def prepared(build, function=quantizers.static):
     return prepare_pt2e(models.exported(build), quantizers.ByHand(function))
 
 
+class Scaled(nn.Module):
+    """An observer of a parameter only."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.dtype = nn.Parameter(torch.ones(1)), torch.int8
+
+    def calculate_qparams(self):
+        return self.scale, torch.zeros(1)
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def test_observers_are_moved_to_the_models_device():
+    with torch.device("meta"):
+        model = torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)).module()
+    observers = {
+        Site(models.find(model, "linear")): Scaled(),
+        Site(models.find(model, "placeholder")): MinMaxObserver(),
+    }
+    insert_observers(model, observers)
+    assert all(
+        tensor.device.type == "meta" for observer in observers.values() for tensor in observer.state_dict().values()
+    )
+
+
 def test_names_and_places():
     assert show(prepared(models.mlp)) == (
         "activation_post_process_1 = activation_post_process_1(0.weight)\n"

@@ -60,7 +60,10 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
     bound = bind(node)
     if name in bound:
         return bound[name]
-    return schema_of(node.target).defaults.get(name, default) if isinstance(node.target, OpOverload) else default
+    if not isinstance(node.target, OpOverload):
+        return default
+    found = schema_of(node.target).defaults.get(name, default)
+    return list(found) if isinstance(found, tuple) else found
 
 
 def reads(node: Node) -> Iterator[tuple[Site, Node]]:

@@ -17,7 +17,7 @@ class Schema:
 
     Args:
         names: of the positional arguments, in order.
-        defaults: of all arguments that have one, by name.
+        defaults: of all arguments that have one, by name; lists as tuples.
         shared: arguments whose memory the result may be: it is a view of them, or they are written to.
         written: arguments whose memory is written to.
         is_pure: nothing is written to, and equal arguments give equal results.
@@ -30,13 +30,18 @@ class Schema:
     is_pure: bool
 
 
+def _fixed(default: Any) -> Any:
+    """Returns a default that no reader can change for all others."""
+    return tuple(default) if isinstance(default, list) else default
+
+
 @functools.lru_cache(2048)
 def schema_of(operator: OpOverload) -> Schema:
     """Returns the schema of an operator."""
     schema = operator._schema
     return Schema(
         names=tuple(each.name for each in schema.arguments if not each.kwarg_only),
-        defaults={each.name: each.default_value for each in schema.arguments if each.has_default_value()},
+        defaults={each.name: _fixed(each.default_value) for each in schema.arguments if each.has_default_value()},
         shared=tuple(each.name for each in schema.arguments if each.alias_info is not None),
         written=tuple(each.name for each in schema.arguments if each.alias_info and each.alias_info.is_write),
         is_pure=not schema.is_mutable and torch.Tag.nondeterministic_seeded not in operator.tags,

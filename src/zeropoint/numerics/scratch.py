@@ -1,6 +1,6 @@
 """Memory that is there when it is wanted: the pages of fresh memory can cost more than what is computed in them.
 
-A page of 4 kB takes 0.2 us to come by, on a virtual machine 5 us: ten times as long as rounding its 4096 weights.
+A page of 4 kB takes 0.2 us to come by, on a virtual machine 5 us: six times as long as rounding its 4096 weights.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule, Node
@@ -19,9 +19,8 @@ from zeropoint.graph.graph_pass import bodies, graph_pass
 from zeropoint.numerics import ops
 from zeropoint.numerics.scratch import touching
 from zeropoint.passes.qparams_of import QParams, observe_constant, observer_of, qparams_of
-from zeropoint.passes.run_time import out_dtype, quantize_at_run_time, to_half_and_back
+from zeropoint.passes.run_time import PASS, check_run_time, out_dtype, quantize_at_run_time, to_half_and_back
 
-PASS = "convert"
 FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
 Known = Callable[[GraphModule], dict[int, QParams]]
 
@@ -63,15 +62,13 @@ class _Converter:
         calls = [(n, observer_of(self.model, n)) for n in self.model.graph.nodes]
         calls = [(node, observer) for node, observer in calls if observer is not None]
         others = [(node, observer) for node, observer in calls if not _converts_itself(observer)]
-        for node, observer in calls:
-            if _converts_itself(observer):
-                observer.convert(self.model, node)
-        if len(others) < len(calls):
-            complete_values(self.model)
         for node, observer in others:
             self._allocate(node, observer)
         with touching(list(self.integers.values())):
             self.qparams |= known(self.model)
+            for node, observer in others:  # What cannot be converted is found before the graph is changed.
+                self._ask(node, observer)
+            self._let_convert(calls)
             for node, observer in others:
                 self._convert(node, observer)
                 self.model.graph.erase_node(node)
@@ -82,39 +79,55 @@ class _Converter:
 
     def _allocate(self, node: Node, observer: Any) -> None:
         """Makes the tensor of a parameter's integers, early, so that its memory is there when it is written to."""
-        source = node.args[0]
-        assert isinstance(source, Node)
-        dtype, is_parameter = plain_dtype(observer.dtype), source.op == "get_attr" and source in self.constants
-        if is_parameter and dtype in INTEGER_DTYPES and self.fold_constants(node):
-            value = get_attribute(self.model, str(source.target))
-            self.integers[source, id(observer)] = torch.empty(value.shape, dtype=dtype, device=value.device)
+        source = _observed(node)
+        if _kind(observer) != "static" or source.op != "get_attr" or source not in self.constants:
+            return
+        value = get_attribute(self.model, str(source.target))
+        if self.fold_constants(node) and value.device.type == "cpu":
+            with torch.inference_mode(False):  # Else the other thread could not write to it.
+                self.integers[source, id(observer)] = torch.empty(value.shape, dtype=plain_dtype(observer.dtype))
+
+    def _let_convert(self, calls: list[tuple[Node, Any]]) -> None:
+        """Lets the observers that have a ``convert`` of their own replace the nodes that call them."""
+        own = [(node, observer) for node, observer in calls if _converts_itself(observer)]
+        for node, observer in own:
+            observer.convert(self.model, node)
+        if own:
+            complete_values(self.model)
+
+    def _ask(self, node: Node, observer: Any) -> None:
+        match _kind(observer):
+            case "static":
+                self._qparams(_observed(node), observer)
+            case "run time":
+                check_run_time(_observed(node), observer)
+            case _:
+                pass
 
     def _convert(self, node: Node, observer: Any) -> None:
-        source = node.args[0]
-        assert isinstance(source, Node)
-        dtype = plain_dtype(observer.dtype)
-        if dtype == torch.float16:
-            to_half_and_back(node, source)
-        elif dtype not in (*INTEGER_DTYPES, *FLOAT8):
-            node.replace_all_uses_with(source)
-        elif getattr(observer, "is_dynamic", False):
-            quantize_at_run_time(node, source, observer)
-        else:
-            self._static(node, source, observer)
+        source = _observed(node)
+        match _kind(observer):
+            case "half":
+                to_half_and_back(node, source)
+            case "float":
+                node.replace_all_uses_with(source)
+            case "run time":
+                quantize_at_run_time(node, source, observer)
+            case "static":
+                self._static(node, source, observer)
 
     def _static(self, node: Node, source: Node, observer: Any) -> None:
-        constant = source in self.constants
-        qparams = self._qparams(node, source, observer, constant)
-        if constant and self.fold_constants(node):
+        qparams = self._qparams(source, observer)
+        if source in self.constants and self.fold_constants(node):
             quantized = self._freeze(node, source, observer, qparams)
         else:
             quantized = self._quantize(node, source, qparams)
         self._dequantize_for_readers(node, source, quantized, qparams)
 
-    def _qparams(self, node: Node, source: Node, observer: Any, constant: bool) -> QParams:
+    def _qparams(self, source: Node, observer: Any) -> QParams:
         """Returns scale and zero point, from the constant's present value where nothing ran; once per observer."""
         if id(observer) not in self.qparams:
-            if constant:
+            if source in self.constants:
                 observe_constant(observer, lambda: evaluate(self.model, source))
             self.qparams[id(observer)] = qparams_of(observer, source)
         return self.qparams[id(observer)]
@@ -154,11 +167,8 @@ class _Converter:
         key = (source, id(observer))
         if key in self.frozen:
             return self.frozen[key]
-        value = evaluate(self.model, source)
-        integers = self.integers.get(key, torch.empty(value.shape, dtype=qparams.dtype, device=value.device))
-        self.to_write.append(lambda: qparams.quantize(value, integers))
         path = self.names.new("_frozen_param")
-        self.model.register_buffer(path, integers)
+        self.model.register_buffer(path, self._integers(key, qparams))
         with node.graph.inserting_before(node):
             frozen = node.graph.get_attr(path)
         frozen.meta = {**source.meta}
@@ -167,6 +177,17 @@ class _Converter:
         frozen.meta[FLOAT_PATH_KEY] = _float_path(source)
         self.frozen[key] = frozen
         return frozen
+
+    def _integers(self, key: tuple[Node, int], qparams: QParams) -> torch.Tensor:
+        """Returns the integers of a constant; those whose memory is being made ready are written to later."""
+        value = evaluate(self.model, key[0])
+        if key in self.integers:
+            integers = self.integers[key]
+            self.to_write.append(lambda: qparams.quantize(value, integers))
+        else:
+            integers = torch.empty(value.shape, dtype=qparams.dtype, device=value.device)
+            qparams.quantize(value, integers)
+        return integers
 
     def _dequantize_for_readers(self, node: Node, source: Node, quantized: Node, qparams: QParams) -> None:
         target = ops.DEQUANTIZE_PER_TENSOR if qparams.ch_axis is None else ops.DEQUANTIZE_PER_CHANNEL
@@ -188,6 +209,23 @@ class _Converter:
         value = source.meta.get("val")
         if isinstance(value, torch.Tensor):
             node.meta["val"] = value if dtype is None else self.fakes.like(value, dtype=dtype)
+
+
+def _observed(node: Node) -> Node:
+    """Returns what the observer that a node calls looks at."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return source
+
+
+def _kind(observer: Any) -> Literal["static", "run time", "half", "float"]:
+    """Returns what an observer becomes."""
+    dtype = plain_dtype(observer.dtype)
+    if dtype == torch.float16:
+        return "half"
+    if dtype not in (*INTEGER_DTYPES, *FLOAT8):
+        return "float"
+    return "run time" if getattr(observer, "is_dynamic", False) else "static"
 
 
 def _float_path(source: Node) -> str:

@@ -105,7 +105,7 @@ class _Inserter:
 
     def _call(self, source: Node, observer: Any, read_by: str) -> Node:
         name = self.names.new(PREFIX)
-        if self.device is not None and any(buffer.device != self.device for buffer in _buffers(observer)):
+        if self.device is not None and any(tensor.device != self.device for tensor in _tensors(observer)):
             observer.to(self.device)
         self.model.add_submodule(name, observer)
         if not isinstance(observer, RepeatedObserver):
@@ -130,8 +130,10 @@ class _Inserter:
             object.__setattr__(observer, "constant_input", only_constants)
 
 
-def _buffers(observer: Any) -> Iterator[torch.Tensor]:
-    return observer.buffers() if isinstance(observer, nn.Module) else iter(())
+def _tensors(observer: Any) -> Iterator[torch.Tensor]:
+    if isinstance(observer, nn.Module):
+        yield from observer.parameters()
+        yield from observer.buffers()
 
 
 def _writes_to_buffer(site: Site, source: Node) -> bool:

@@ -20,19 +20,21 @@ PASS = "convert"
 CONVERT_ELEMENT_TYPE = torch.ops.quantized_decomposed.convert_element_type.no_fuse
 
 
-def quantize_at_run_time(node: Node, source: Node, observer: Any) -> None:
-    """Replaces the call of an observer by choose_qparams, quantize and dequantize, with scales that are tensors.
+def check_run_time(source: Node, observer: Any) -> None:
+    """Raises when there are no operators that quantize at run time as an observer says.
 
     Raises:
-        SpecError: the scheme or the dtype has no such operator.
+        SpecError: names the scheme and the dtype.
     """
-    choose = ops.CHOOSE_QPARAMS
-    if observer.qscheme in (torch.per_tensor_symmetric,):
-        choose = ops.CHOOSE_QPARAMS_SYMMETRIC
     if observer.qscheme in PER_CHANNEL or plain_dtype(observer.dtype) not in (torch.int8, torch.uint8):
         what = f"dynamic quantization to {observer.dtype}, {observer.qscheme}"
-        remedy = "Use int8 or uint8 and a per-tensor scheme."
-        raise SpecError(what, where=describe(source), remedy=remedy)
+        raise SpecError(what, where=describe(source), remedy="Use int8 or uint8 and a per-tensor scheme.")
+
+
+def quantize_at_run_time(node: Node, source: Node, observer: Any) -> None:
+    """Replaces the call of an observer by choose_qparams, quantize and dequantize, with scales that are tensors."""
+    symmetric = observer.qscheme == torch.per_tensor_symmetric
+    choose = ops.CHOOSE_QPARAMS_SYMMETRIC if symmetric else ops.CHOOSE_QPARAMS
     limits = limits_of(observer)
     eps = observer.eps.item() if isinstance(observer.eps, torch.Tensor) else observer.eps
     dtype = plain_dtype(observer.dtype)

@@ -45,6 +45,8 @@ def steady_weight_scales(model: GraphModule) -> dict[int, QParams]:
         source = read.args[0]
         if source not in constants or len(read.users) > 1 or id(weight) in found:
             continue
+        if any(getattr(observer, "constant_input", False) for observer in (observers[0], observers[2])):
+            continue
         observe_constant(weight, lambda s=source: evaluate(model, s))
         try:
             for observer in observers:

@@ -122,18 +122,21 @@ def not_attention_scores(match: Match) -> str | None:
 
 
 def made_of_integers(model: GraphModule) -> set[Node]:
-    """Returns the nodes into which no float tensor goes; numbers, as in ``(1.0 - mask) * -10000``, do not count."""
+    """Returns the nodes into which no float tensor goes, such as what is made of an ``arange``.
+
+    Numbers, as in ``(1.0 - mask) * -10000``, do not count, and neither do sizes.
+    """
     integer: set[Node] = set()
     number: set[Node] = set()
     for node in model.graph.nodes:
-        value = node.meta.get("val")
-        if node.all_input_nodes and node.op != "output":
-            if all(n in integer or n in number for n in node.all_input_nodes):
-                (integer if any(n in integer for n in node.all_input_nodes) else number).add(node)
-        elif not isinstance(value, torch.Tensor) or value.dim() == 0:
+        value, read = node.meta.get("val"), node.all_input_nodes
+        if not isinstance(value, torch.Tensor):
             number.add(node)
-        elif not value.is_floating_point():
-            integer.add(node)
+        elif all(n in integer or n in number for n in read):
+            if any(n in integer for n in read) or (value.dim() > 0 and not value.is_floating_point()):
+                integer.add(node)
+            elif read or value.dim() == 0:
+                number.add(node)
     return integer
 
 

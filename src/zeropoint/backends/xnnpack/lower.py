@@ -21,7 +21,7 @@ from zeropoint.graph.attributes import Names, get_attribute
 from zeropoint.graph.bind import argument, reads, replace_read, set_argument
 from zeropoint.graph.capture import capture, require_exported
 from zeropoint.graph.chains import sole_reader
-from zeropoint.graph.emit import Emitter
+from zeropoint.graph.emit import Emitter, complete_values
 from zeropoint.graph.inputs import as_inputs, check_inputs
 from zeropoint.numerics import ops
 
@@ -66,6 +66,7 @@ def lower_program(
     model = copy.deepcopy(require_exported(converted))
     _check_made_for(model)
     _check_converted(model)
+    complete_values(model)
     check_inputs(model, as_inputs(example_inputs, EXAMPLES), EXAMPLES)
     erase_no_ops(model)
     give_each_move_one_scale(model)
@@ -135,7 +136,8 @@ def give_each_move_one_scale(model: GraphModule) -> None:
             if source.target is ops.DEQUANTIZE_PER_TENSOR and source.args[1:5] != reader.args[1:5]:
                 emit = Emitter(node, "give_each_move_one_scale")
                 quantized = emit.call(ops.QUANTIZE_PER_TENSOR, source, *reader.args[1:])
-                replace_read(site, emit.call(ops.DEQUANTIZE_PER_TENSOR, quantized, *reader.args[1:]))
+                again = emit.call(ops.DEQUANTIZE_PER_TENSOR, quantized, *reader.args[1:], **source.kwargs)
+                replace_read(site, again)
 
 
 def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> LoweredProgram:

@@ -214,7 +214,7 @@ def factors_are_float(model: GraphModule, node: Node) -> tuple[str, str] | None:
 
 
 def scales_are_equal(model: GraphModule, node: Node) -> tuple[str, str] | None:
-    """Operators that move data keep the integers as they are."""
+    """Operators that move data keep the integers as they are. ``lower`` repairs this before it checks."""
     del model
     reader = sole_reader(node)
     if node.target not in SAME_SCALE or reader is None or reader.target is not STATIC_Q:

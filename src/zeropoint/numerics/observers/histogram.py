@@ -31,13 +31,14 @@ again, and half of the values after a relu are 0."""
 EXACT_COUNT = 2**24
 """Other devices count one by one in float32, which is exact up to here; larger tensors are counted in parts."""
 
+FLOAT32 = torch.finfo(torch.float32)
 Range = tuple[torch.Tensor, torch.Tensor]
 
 
 class StreamingHistogram(UniformQuantizationObserverBase):
     """Counts the values of all tensors in ``bins`` equal bins from the smallest to the largest value.
 
-    A tensor costs one ``torch.aminmax`` and one ``torch.histc``. When it widens the range, the old counts move to the
+    A tensor costs one ``torch.aminmax`` and one ``count``. When it widens the range, the old counts move to the
     new bins as the field's HistogramObserver moves them, float32 rounding included.
 
     A subclass says in ``chosen_range`` what range to quantize; the scale and zero point are kept until statistics
@@ -147,15 +148,16 @@ class HistogramObserver(StreamingHistogram):
 
 
 def count(x: torch.Tensor, bins: int, low: float, high: float) -> torch.Tensor:
-    """Returns how many values of float32 ``x``, all within ``low..high``, fall into each bin: ``(bins,)``.
+    """Returns how many values of float32 ``x``, all within ``low..high``, fall into each bin: ``(bins,)``, float32.
 
     The bins are those of ``torch.histc``, ``(x - low) * bins / (high - low)`` in float32, the last with ``high`` in it.
-    That function takes three times as long for a large tensor on a CPU.
+    That function takes three times as long for a large tensor on a CPU; it is left the ranges that overflow, or whose
+    bins are no normal numbers.
     """
     if low == high:
         return torch.histc(x.flatten()[:1], bins, min=low, max=high) * x.numel()
-    if x.device.type == "cpu" and x.numel() >= LARGE:
-        return _count_in_pieces(x.flatten(), bins, low, high)
+    if x.device.type == "cpu" and x.numel() >= LARGE and FLOAT32.tiny * bins <= high - low <= FLOAT32.max / bins:
+        return _count_in_pieces(x.flatten(), bins, low, high).to(torch.float32)
     parts = [torch.histc(part, bins, min=low, max=high) for part in x.flatten().split(EXACT_COUNT)]
     return torch.stack(parts).sum(0)
 
