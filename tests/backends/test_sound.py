@@ -397,6 +397,8 @@ REPAIRED = (
     ("max_pool2d without a stride", lambda: Graph(lambda x: fake(torch.max_pool2d(fake(x), 2))), PICTURE),
     ("no-ops between an operator and its quantize", lambda: through(conv(), with_no_ops), PICTURE),
     ("squeeze", lambda: Graph(lambda x: fake(fake(x).squeeze(1))), (5, 1, 8)),
+    ("zero padding at the end", lambda: Graph(lambda x: F.pad(fake(x), (1, 0, 1, 2))), PICTURE),
+    ("zero padding before float", lambda: Graph(lambda x: torch.sigmoid(F.pad(fake(x), (1, 0, 1, 2)))), PICTURE),
 )  # fmt: skip
 
 

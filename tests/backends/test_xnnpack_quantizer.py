@@ -358,6 +358,49 @@ def test_float_made_of_places_is_left_alone(free: bool):
         assert sqnr_db(net(*inputs), model(*inputs)) > 25
 
 
+class Copies(nn.Module):
+    """Copies, for the sake of what is written to them, or to what they were made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.factor = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.clone()
+        y.relu_()
+        u = self.first(x)
+        before = u.clone()
+        u[:, 0] = 0
+        return self.second(u) * self.factor.clone().mul_(2) + y + before + self.factor
+
+
+def test_copies_that_are_written_to_stay():
+    torch.manual_seed(0)
+    net, inputs = Copies().eval(), (torch.randn(64, 8),)
+    kept = inputs[0].clone()
+    with torch.no_grad():
+        expected = net(*inputs)
+        model = converted(net, XNNPACKQuantizer().set_global(INT8), *inputs)
+        assert sqnr_db(expected, model(*inputs)) > 25
+    assert torch.equal(inputs[0], kept)
+
+
+def test_an_operator_that_returns_several_tensors_has_a_reason():
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            one, other = self.layer(x).chunk(2, 1)
+            return one * other
+
+    model = converted(Halves(), XNNPACKQuantizer().set_global(INT8), torch.randn(4, 8))
+    (row,) = [row for row in record_of(model).coverage if row.operator == "chunk"]
+    assert row.reason == "the XNNPACK delegate does not take it: the portable float kernel computes it"
+
+
 class Converts(nn.Module):
     """Conversions to the type that a tensor is of."""
 

@@ -39,12 +39,22 @@ def annotate_by_table(model: GraphModule, table: Table, rules: Rules) -> None:
         if node.op != "call_function" or is_annotated(node):
             _note_foreign_output(node, context)
             continue
-        if not is_tensor_value(node.meta.get("val")) or node in context.constants:
+        if node in context.constants:
+            continue
+        if not is_tensor_value(node.meta.get("val")):
+            _refuse_list(node, table)
             continue
         decision = _decide(node, table, rules, context)
         for covered in decision.nodes:
             if _rank(decision) > _rank(covered.meta.get(DECISION_KEY)):
                 covered.meta[DECISION_KEY] = decision
+
+
+def _refuse_list(node: Node, table: Table) -> None:
+    """Gives an operator that returns several tensors the reason why it stays float; taking them apart needs none."""
+    value = node.meta.get("val")
+    if isinstance(value, (list, tuple)) and any(is_tensor_value(item) for item in value):
+        node.meta.setdefault(DECISION_KEY, Decision("", (node,), table.float_reason(node)))
 
 
 def _rank(decision: Decision | None) -> int:

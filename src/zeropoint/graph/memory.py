@@ -80,6 +80,10 @@ class Memory:
         """True when the node's value depends on when it is read: others write to its memory."""
         return self._origin.get(node) in self._rewritten
 
+    def is_written(self, node: Node) -> bool:
+        """True when an operator writes to the node's memory, at any time."""
+        return bool(self._writes.get(self._origin[node]))
+
     def write_after(self, node: Node) -> Node | None:
         """Returns the node whose write a copy of this node's value would cut off; None where there is none."""
         return self._last_write(node, self._position.get(node, 0) + 1)

@@ -221,14 +221,17 @@ def slice_has_a_kernel(match: Match) -> str | None:
     return None if _is_static(_shape(match)) else "its input has a free size; the kernel slices known sizes only"
 
 
+def pads_with_zero(node: Node) -> bool:
+    """True for padding with zeros."""
+    return argument(node, "mode") in (None, "constant") and argument(node, "value") in (None, 0, 0.0)
+
+
 def pads_space_with_zero(node: Node) -> bool:
     """True for padding that a convolution can take along: zeros, along space, no cropping (G:420)."""
     amounts = list(argument(node, "pad"))
-    mode = argument(node, "mode")
     dimensions = node.meta["val"].dim()
     return (
-        mode in (None, "constant")
-        and argument(node, "value") in (None, 0, 0.0)
+        pads_with_zero(node)
         and all(isinstance(amount, int) and amount >= 0 for amount in amounts)
         and len(amounts) <= 2 * (dimensions - 2)
     )

@@ -13,7 +13,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from zeropoint.backends.xnnpack.sound import GEMMS, SAME_SCALE, SIZE_RULES, check_sound
+from zeropoint.backends.xnnpack.conditions import pads_with_zero
+from zeropoint.backends.xnnpack.sound import GEMMS, PADS, SAME_SCALE, SIZE_RULES, check_sound
 from zeropoint.backends.xnnpack.transform import TO_LOWER, erase_no_ops, spell
 from zeropoint.core.errors import LoweringError
 from zeropoint.core.extras import import_extra
@@ -70,6 +71,7 @@ def lower_program(
     check_inputs(model, as_inputs(example_inputs, EXAMPLES), EXAMPLES)
     erase_no_ops(model)
     give_each_move_one_scale(model)
+    give_each_padding_its_quantize(model)
     check_sound(model)
     give_each_layer_its_bias(model)
     give_each_reader_its_dequantize(model)
@@ -138,6 +140,23 @@ def give_each_move_one_scale(model: GraphModule) -> None:
                 quantized = emit.call(ops.QUANTIZE_PER_TENSOR, source, *reader.args[1:])
                 again = emit.call(ops.DEQUANTIZE_PER_TENSOR, quantized, *reader.args[1:], **source.kwargs)
                 replace_read(site, again)
+
+
+def give_each_padding_its_quantize(model: GraphModule) -> None:
+    """Quantizes what zero padding of quantized values returns where a float operator reads it; else no file loads.
+
+    That changes nothing: each value is on the grid of the input already, and 0 is on every grid.
+    """
+    for node in [n for n in model.graph.nodes if n.target in PADS and pads_with_zero(n)]:
+        source = node.all_input_nodes[0]
+        if source.target is not ops.DEQUANTIZE_PER_TENSOR:
+            continue
+        for reader in list(node.users):
+            if reader.target is not ops.QUANTIZE_PER_TENSOR and reader.target not in GEMMS:
+                emit = Emitter(reader, "give_each_padding_its_quantize")
+                quantized = emit.call(ops.QUANTIZE_PER_TENSOR, node, *source.args[1:])
+                again = emit.call(ops.DEQUANTIZE_PER_TENSOR, quantized, *source.args[1:], **source.kwargs)
+                reader.replace_input_with(node, again)
 
 
 def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> LoweredProgram:
