@@ -14,6 +14,7 @@ from zeropoint.core.errors import SpecError
 from zeropoint.graph.capture import require_exported
 from zeropoint.graph.graph_pass import pipeline
 from zeropoint.graph.invariants import check_invariants
+from zeropoint.numerics.scratch import LateWrites
 from zeropoint.passes.annotate import annotate
 from zeropoint.passes.canonicalize import canonicalize
 from zeropoint.passes.convert import convert, every, none, nothing, require_observed
@@ -78,9 +79,10 @@ def convert_pt2e(
     require_exported(model)
     require_observed(model)
     on_grid = record_of(model).rounds_biases
-    convert(model, every if fold_quantize else none, steady_weight_scales if on_grid else nothing)
-    biases = round_biases(model) if on_grid else []
-    converted = finish(model)
+    with LateWrites() as writes:
+        convert(model, every if fold_quantize else none, writes, steady_weight_scales if on_grid else nothing)
+        biases = round_biases(model) if on_grid else []
+        converted = finish(model)
     finish_record(converted, tuple(biases))
     check_invariants(converted, CONVERTED, "convert_pt2e")
     return converted

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from zeropoint.numerics.scratch import WORTH_A_THREAD, scratch, touching
+from zeropoint.numerics.scratch import WORTH_A_THREAD, LateWrites, scratch
 
 
 def test_scratch_is_the_same_memory_until_more_is_asked_for():
@@ -33,11 +33,30 @@ def test_each_thread_has_its_own():
 
 
 @pytest.mark.parametrize("size", [100, WORTH_A_THREAD])
-def test_touched_memory_is_there_at_the_end_of_the_block(size):
-    tensors = [torch.full((size,), 7, dtype=torch.int8), torch.full((3,), 7, dtype=torch.int8)]
-    threads = threading.active_count()
-    with touching(tensors):
-        pass
-    touched = size >= WORTH_A_THREAD
-    assert all(bool((tensor == (0 if touched else 7)).all()) for tensor in tensors)
-    assert threading.active_count() == threads
+def test_late_writes_find_memory_that_another_thread_zeroed(size):
+    seen: list[int] = []
+    with LateWrites() as writes:
+        tensor = writes.empty((size,), torch.int8).fill_(7)
+        writes.touch()
+        writes.write(lambda: seen.append(int(tensor[0])))
+        writes.write(lambda: tensor.fill_(3))
+        assert not seen
+    assert seen == [0 if size >= WORTH_A_THREAD else 7]
+    assert bool((tensor == 3).all())
+
+
+def test_nothing_is_written_after_an_error():
+    tensors: list[torch.Tensor] = []
+
+    def fail() -> None:
+        with LateWrites() as writes:
+            tensors.append(writes.empty((WORTH_A_THREAD,), torch.int8))
+            writes.touch()
+            writes.write(lambda: tensors[0].fill_(3))
+            raise ValueError("stop")
+
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="stop"):
+        fail()
+    assert threading.active_count() == before
+    assert not bool(tensors[0].any())

@@ -5,9 +5,9 @@ A page of 4 kB takes 0.2 us to come by, on a virtual machine 5 us: six times as 
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Sequence
+from types import TracebackType
 
 import torch
 
@@ -28,18 +28,40 @@ def scratch(size: int, dtype: torch.dtype) -> torch.Tensor:
     return kept[dtype][:size]
 
 
-@contextlib.contextmanager
-def touching(tensors: Sequence[torch.Tensor]) -> Generator[None]:
-    """Has another thread write zeros to fresh tensors while the block runs; at its end, their pages are there.
+class LateWrites:
+    """Fresh tensors, written at the end of a block; meanwhile another thread writes zeros to them.
 
-    One call for all of them, since that runs beside Python.
+    Then their pages are there when they are written. One call zeroes all of them, since that runs beside Python.
     """
-    if sum(tensor.nbytes for tensor in tensors) < WORTH_A_THREAD:
-        yield
-        return
-    thread = threading.Thread(target=torch.ops.aten._foreach_zero_.default, args=(tensors,))
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
+
+    def __init__(self) -> None:
+        self._untouched: list[torch.Tensor] = []
+        self._writes: list[Callable[[], None]] = []
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> LateWrites:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Writes what was asked for, unless the block failed."""
+        for thread in self._threads:
+            thread.join()
+        for write in self._writes if kind is None else ():
+            write()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Returns a CPU tensor of any content, to be zeroed by ``touch``."""
+        with torch.inference_mode(False):  # Else the other thread could not write to it.
+            self._untouched.append(torch.empty(shape, dtype=dtype, device="cpu"))
+        return self._untouched[-1]
+
+    def touch(self) -> None:
+        """Lets another thread zero the tensors made so far, where they are worth it."""
+        tensors, self._untouched = self._untouched, []
+        if sum(tensor.nbytes for tensor in tensors) >= WORTH_A_THREAD:
+            self._threads.append(threading.Thread(target=torch.ops.aten._foreach_zero_.default, args=(tensors,)))
+            self._threads[-1].start()
+
+    def write(self, function: Callable[[], None]) -> None:
+        """Has a function called at the end of the block."""
+        self._writes.append(function)

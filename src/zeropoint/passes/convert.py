@@ -17,7 +17,7 @@ from zeropoint.graph.constants import FLOAT_PATH_KEY, constant_nodes, evaluate
 from zeropoint.graph.emit import Fakes, complete_values, inherit
 from zeropoint.graph.graph_pass import bodies, graph_pass
 from zeropoint.numerics import ops
-from zeropoint.numerics.scratch import touching
+from zeropoint.numerics.scratch import LateWrites
 from zeropoint.passes.qparams_of import QParams, observe_constant, observer_of, qparams_of
 from zeropoint.passes.run_time import PASS, check_run_time, out_dtype, quantize_at_run_time, to_half_and_back
 
@@ -32,22 +32,25 @@ def nothing(model: GraphModule) -> dict[int, QParams]:
 
 
 @graph_pass
-def convert(model: GraphModule, fold_constants: Callable[[Node], bool], known: Known = nothing) -> None:
+def convert(
+    model: GraphModule, fold_constants: Callable[[Node], bool], writes: LateWrites, known: Known = nothing
+) -> None:
     """Replaces each observer by quantize and dequantize operators of its scale and zero point.
 
     Each annotated reader gets a dequantize of its own, the others share one. A constant is quantized here, to an
-    integer buffer ``_frozen_paramN``, where ``fold_constants(node)`` says so. An observer of a float dtype disappears.
+    integer buffer ``_frozen_paramN``, where ``fold_constants(node)`` says so; its integers are written when ``writes``
+    ends. An observer of a float dtype disappears.
     ``known`` gives the scale and zero point of some observers, by id; the others are asked.
 
     Raises:
         CalibrationError: an observer saw no data.
     """
-    _Converter(model, fold_constants).run(known)
+    _Converter(model, fold_constants, writes).run(known)
 
 
 class _Converter:
-    def __init__(self, model: GraphModule, fold_constants: Callable[[Node], bool]) -> None:
-        self.model, self.fold_constants = model, fold_constants
+    def __init__(self, model: GraphModule, fold_constants: Callable[[Node], bool], writes: LateWrites) -> None:
+        self.model, self.fold_constants, self.writes = model, fold_constants, writes
         self.constants = constant_nodes(model)
         self.names = Names(model)
         self.qparams: dict[int, QParams] = {}
@@ -56,7 +59,6 @@ class _Converter:
         self.frozen: dict[tuple[Node, int], Node] = {}
         self.integers: dict[tuple[Node, int], torch.Tensor] = {}
         """What is not written yet: the integers of parameters, by node and id of the observer."""
-        self.to_write: list[Callable[[], None]] = []
 
     def run(self, known: Known) -> None:
         calls = [(n, observer_of(self.model, n)) for n in self.model.graph.nodes]
@@ -64,16 +66,14 @@ class _Converter:
         others = [(node, observer) for node, observer in calls if not _converts_itself(observer)]
         for node, observer in others:
             self._allocate(node, observer)
-        with touching(list(self.integers.values())):
-            self.qparams |= known(self.model)
-            for node, observer in others:  # What cannot be converted is found before the graph is changed.
-                self._ask(node, observer)
-            self._let_convert(calls)
-            for node, observer in others:
-                self._convert(node, observer)
-                self.model.graph.erase_node(node)
-        for write in self.to_write:
-            write()
+        self.writes.touch()
+        self.qparams |= known(self.model)
+        for node, observer in others:  # What cannot be converted is found before the graph is changed.
+            self._ask(node, observer)
+        self._let_convert(calls)
+        for node, observer in others:
+            self._convert(node, observer)
+            self.model.graph.erase_node(node)
         for path in [name for name, module in self.model._modules.items() if hasattr(module, "calculate_qparams")]:
             delattr(self.model, path)
 
@@ -84,8 +84,7 @@ class _Converter:
             return
         value = get_attribute(self.model, str(source.target))
         if self.fold_constants(node) and value.device.type == "cpu":
-            with torch.inference_mode(False):  # Else the other thread could not write to it.
-                self.integers[source, id(observer)] = torch.empty(value.shape, dtype=plain_dtype(observer.dtype))
+            self.integers[source, id(observer)] = self.writes.empty(value.shape, plain_dtype(observer.dtype))
 
     def _let_convert(self, calls: list[tuple[Node, Any]]) -> None:
         """Lets the observers that have a ``convert`` of their own replace the nodes that call them."""
@@ -179,14 +178,12 @@ class _Converter:
         return frozen
 
     def _integers(self, key: tuple[Node, int], qparams: QParams) -> torch.Tensor:
-        """Returns the integers of a constant; those whose memory is being made ready are written to later."""
+        """Returns the integers of a constant, to be written later."""
         value = evaluate(self.model, key[0])
-        if key in self.integers:
-            integers = self.integers[key]
-            self.to_write.append(lambda: qparams.quantize(value, integers))
-        else:
+        integers = self.integers.get(key)
+        if integers is None:
             integers = torch.empty(value.shape, dtype=qparams.dtype, device=value.device)
-            qparams.quantize(value, integers)
+        self.writes.write(lambda: qparams.quantize(value, integers))
         return integers
 
     def _dequantize_for_readers(self, node: Node, source: Node, quantized: Node, qparams: QParams) -> None:

@@ -21,7 +21,7 @@ UPSAMPLE_RATE = 16
 PIECE = 2**19
 """Elements that are counted at once on a CPU: 2 MB of float32, which stay in the cache."""
 
-LARGE = 2**14
+LARGE = 2**13
 """Elements from which on that is faster than ``torch.histc``."""
 
 LANES = 4
@@ -33,6 +33,7 @@ EXACT_COUNT = 2**24
 
 FLOAT32 = torch.finfo(torch.float32)
 Range = tuple[torch.Tensor, torch.Tensor]
+Counts = np.ndarray[tuple[int, int], np.dtype[np.int64]]
 
 
 class StreamingHistogram(UniformQuantizationObserverBase):
@@ -69,17 +70,17 @@ class StreamingHistogram(UniformQuantizationObserverBase):
 
     def observe(self, x: torch.Tensor) -> None:
         x = in_memory_order(x).float()
-        least, greatest = torch.aminmax(x)
-        self.require_finite(least.item(), greatest.item())
+        least, greatest = (end.item() for end in torch.aminmax(x))
+        self.require_finite(least, greatest)
         before = self.min_val.item(), self.max_val.item()
-        after = min(least.item(), before[0]), max(greatest.item(), before[1])
-        counts = count(x, self.bins, *after).to(self.histogram)
-        if before[0] > before[1]:
-            self.histogram.copy_(counts)
-        elif before == after:
+        after = min(least, before[0]), max(greatest, before[1])
+        counts = count(x, self.bins, *after)
+        if before == after:
             self.histogram.add_(counts)
-        else:
-            self.histogram.copy_(counts + moved(self.histogram, before, after))
+            return
+        if before[0] <= before[1]:
+            counts = counts + moved(self.histogram, before, after)
+        self.histogram.copy_(counts)
         self.min_val.fill_(after[0])
         self.max_val.fill_(after[1])
 
@@ -157,33 +158,38 @@ def count(x: torch.Tensor, bins: int, low: float, high: float) -> torch.Tensor:
     if low == high:
         return torch.histc(x.flatten()[:1], bins, min=low, max=high) * x.numel()
     if x.device.type == "cpu" and x.numel() >= LARGE and FLOAT32.tiny * bins <= high - low <= FLOAT32.max / bins:
-        return _count_in_pieces(x.flatten(), bins, low, high).to(torch.float32)
+        return _count_in_pieces(x.flatten(), bins, low, high)
     parts = [torch.histc(part, bins, min=low, max=high) for part in x.flatten().split(EXACT_COUNT)]
     return torch.stack(parts).sum(0)
 
 
 def _count_in_pieces(x: torch.Tensor, bins: int, low: float, high: float) -> torch.Tensor:
+    if x.numel() <= PIECE:
+        counts = _count_in_lanes(x, bins, low, high)
+    else:
+        counts = np.sum([_count_in_lanes(piece, bins, low, high) for piece in x.split(PIECE)], axis=0)
+    counts[:, bins - 1] += counts[:, bins]
+    return torch.from_numpy(counts[:, :bins].sum(0).astype(np.float32))
+
+
+def _count_in_lanes(x: torch.Tensor, bins: int, low: float, high: float) -> Counts:
+    """Returns the counts of each lane, ``(lanes, bins + 1)``; in the last bin those of ``high`` itself."""
     lanes = LANES if LANES * (bins + 1) <= torch.iinfo(torch.int16).max else 1
-    size = min(PIECE, x.numel())
-    places, indices = scratch(size, torch.float32), scratch(size, torch.int32 if lanes == 1 else torch.int16)
+    index = scratch(x.numel(), torch.int16 if lanes > 1 else torch.int32)
+    index.copy_(_places(x, bins, low, high))
+    if lanes > 1:
+        _spread(index, bins + 1)
+    return torch.bincount(index, minlength=lanes * (bins + 1)).numpy().reshape(lanes, bins + 1)
+
+
+def _places(x: torch.Tensor, bins: int, low: float, high: float) -> torch.Tensor:
+    """Returns where in ``0..bins`` each value lies, as float32."""
     span = float(np.float32(high) - np.float32(low))
-    counts: torch.Tensor | None = None
-    for piece in x.split(size):
-        place, index = places[: piece.numel()], indices[: piece.numel()]
-        above = torch.sub(piece, low, out=place) if low else piece
-        if bins & (bins - 1) == 0:  # Multiplying by a power of 2 does not round.
-            torch.div(above, span / bins, out=place)
-        else:
-            torch.mul(above, bins, out=place).div_(span)
-        index.copy_(place)
-        if lanes > 1:
-            _spread(index, bins + 1)
-        found = torch.bincount(index, minlength=lanes * (bins + 1))
-        counts = found if counts is None else counts.add_(found)
-    assert counts is not None
-    merged = counts.reshape(lanes, bins + 1).sum(0)
-    merged[bins - 1] += merged[bins]
-    return merged[:bins]
+    place = scratch(x.numel(), torch.float32)
+    above = torch.sub(x, low, out=place) if low else x
+    if bins & (bins - 1) == 0:  # Multiplying by a power of 2 does not round.
+        return torch.div(above, span / bins, out=place)
+    return torch.mul(above, bins, out=place).div_(span)
 
 
 def _spread(index: torch.Tensor, size: int) -> None:
