@@ -115,7 +115,7 @@ def scaling(sizes: tuple[int, ...]) -> dict[str, float]:
         module, inputs = architectures.linears(size)
         graph = torch.export.export(module.eval(), inputs).module()
         runs = [run_ours(graph, inputs) for _ in range(5)]
-        figures[str(size)] = min(run["prepare_s"] + run["convert_s"] for run in runs)
+        figures[str(size)] = min(_prepare_and_convert(run) for run in runs)
     values = list(figures.values())
     growth = ", ".join(f"{b / a:.2f}" for a, b in itertools.pairwise(values))
     print(f"{', '.join(map(str, sizes))} linears: {', '.join(f'{v:.2f} s' for v in values)}; per doubling: {growth}")

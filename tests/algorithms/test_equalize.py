@@ -115,13 +115,30 @@ class Tied(nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
+class PadsChannels(nn.Module):
+    """Channels of zeros come in between: the second layer reads more than the first returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        return self.second(nn.functional.pad(self.first(x), (0, 0, 0, 0, 0, 2)))
+
+
 NOT_HOMOGENEOUS = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU6(), nn.Conv2d(4, 4, 1))
 OTHER_AXIS = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Linear(6, 4))
 
 
 @pytest.mark.parametrize(
     ("module", "shape"),
-    [(Residual(), (1, 4, 6, 6)), (Reused(), (2, 4)), (NOT_HOMOGENEOUS, (1, 4, 6, 6)), (OTHER_AXIS, (1, 4, 6, 6))],
+    [
+        (Residual(), (1, 4, 6, 6)),
+        (Reused(), (2, 4)),
+        (NOT_HOMOGENEOUS, (1, 4, 6, 6)),
+        (OTHER_AXIS, (1, 4, 6, 6)),
+        (PadsChannels(), (1, 4, 6, 6)),
+    ],
 )
 def test_what_is_no_pair(module, shape):
     graph = torch.export.export(module.eval(), (torch.randn(shape),)).module()

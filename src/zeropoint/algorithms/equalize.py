@@ -19,7 +19,7 @@ from zeropoint.core.errors import NonFiniteError
 from zeropoint.graph.attributes import attribute_reads, get_attribute, set_parameter
 from zeropoint.graph.bind import argument
 from zeropoint.graph.chains import sole_reader
-from zeropoint.graph.layers import LAYERS, PADS, channel_axis, output_channels, scale_inputs, scale_outputs
+from zeropoint.graph.layers import LAYERS, channel_axis, output_channels, pads_with_zero, scale_inputs, scale_outputs
 from zeropoint.graph.source import describe
 
 aten = torch.ops.aten
@@ -70,16 +70,13 @@ def find_pairs(model: GraphModule) -> list[Pair]:
 
 def _next_layer(layer: Node) -> Node | None:
     reader = sole_reader(layer)
-    while reader is not None and (reader.target in HOMOGENEOUS or _pads_with_zero(reader)):
+    while reader is not None and (reader.target in HOMOGENEOUS or pads_with_zero(reader)):
         reader = sole_reader(reader)
     if reader is None or reader.target not in LAYERS or channel_axis(reader) != channel_axis(layer):
         return None
-    depends_on = argument(reader, "input")
-    return reader if depends_on.meta["val"].dim() == layer.meta["val"].dim() else None
-
-
-def _pads_with_zero(node: Node) -> bool:
-    return node.target in PADS and argument(node, "mode") in (None, "constant") and not argument(node, "value")
+    read, axis = argument(reader, "input").meta["val"], channel_axis(layer)
+    made = layer.meta["val"]
+    return reader if read.dim() == made.dim() and read.shape[axis] == made.shape[axis] else None
 
 
 def _owns_tensors(layer: Node, times_read: Counter[str]) -> bool:

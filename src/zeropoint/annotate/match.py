@@ -24,7 +24,7 @@ from zeropoint.annotate.plan import DECISION_KEY, Decision
 from zeropoint.annotate.rules import NOT_SELECTED, Rules
 from zeropoint.core.specs import PER_CHANNEL, QuantizationSpecBase, SharedQuantizationSpec
 from zeropoint.graph.chains import sole_reader
-from zeropoint.graph.compat import is_tensor_value
+from zeropoint.graph.compat import is_tensor_list, is_tensor_value
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.memory import Memory
 
@@ -52,8 +52,7 @@ def annotate_by_table(model: GraphModule, table: Table, rules: Rules) -> None:
 
 def _refuse_list(node: Node, table: Table) -> None:
     """Gives an operator that returns several tensors the reason why it stays float; taking them apart needs none."""
-    value = node.meta.get("val")
-    if isinstance(value, (list, tuple)) and any(is_tensor_value(item) for item in value):
+    if is_tensor_list(node.meta.get("val")):
         node.meta.setdefault(DECISION_KEY, Decision("", (node,), table.float_reason(node)))
 
 

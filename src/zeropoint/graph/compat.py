@@ -65,3 +65,8 @@ def fake_like(value: torch.Tensor, shape: Sequence[int] | torch.Size | None = No
 def is_tensor_value(value: object) -> bool:
     """True when ``val`` metadata describes one tensor (not a list of tensors, not a number)."""
     return isinstance(value, torch.Tensor)
+
+
+def is_tensor_list(value: object) -> bool:
+    """True when ``val`` metadata describes several values, at least one of which is a tensor."""
+    return isinstance(value, (list, tuple)) and any(is_tensor_value(item) for item in value)

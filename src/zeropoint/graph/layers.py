@@ -29,6 +29,11 @@ MOVES = (
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 
 
+def pads_with_zero(node: Node) -> bool:
+    """True for padding with zeros."""
+    return node.target in PADS and argument(node, "mode") in (None, "constant") and not argument(node, "value")
+
+
 def groups_of(layer: Node) -> int:
     """Returns the number of groups of a layer; 1 for a linear one."""
     return int(argument(layer, "groups", 1))

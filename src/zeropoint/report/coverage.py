@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.plan import Plan
-from zeropoint.graph.compat import OpOverload, is_tensor_value
+from zeropoint.graph.compat import OpOverload, is_tensor_list, is_tensor_value
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.source import module_path, operator_name, source_line
@@ -57,8 +57,7 @@ def compute_nodes(model: GraphModule) -> Iterator[Node]:
         if node.op != "call_function" or node in constants or node.target is operator.getitem:
             continue
         value = node.meta.get("val")
-        is_list = isinstance(value, (list, tuple)) and any(is_tensor_value(v) for v in value)
-        if isinstance(node.target, OpOverload) and (is_tensor_value(value) or is_list):
+        if isinstance(node.target, OpOverload) and (is_tensor_value(value) or is_tensor_list(value)):
             yield node
 
 

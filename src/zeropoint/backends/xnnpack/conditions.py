@@ -12,6 +12,7 @@ from zeropoint.annotate.patterns import Match
 from zeropoint.core.specs import PER_CHANNEL
 from zeropoint.graph.bind import argument
 from zeropoint.graph.constants import evaluate
+from zeropoint.graph.layers import pads_with_zero
 
 aten = torch.ops.aten
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
@@ -221,17 +222,10 @@ def slice_has_a_kernel(match: Match) -> str | None:
     return None if _is_static(_shape(match)) else "its input has a free size; the kernel slices known sizes only"
 
 
-def pads_with_zero(node: Node) -> bool:
-    """True for padding with zeros."""
-    return argument(node, "mode") in (None, "constant") and argument(node, "value") in (None, 0, 0.0)
-
-
 def pads_space_with_zero(node: Node) -> bool:
     """True for padding that a convolution can take along: zeros, along space, no cropping (G:420)."""
-    amounts = list(argument(node, "pad"))
-    dimensions = node.meta["val"].dim()
-    return (
-        pads_with_zero(node)
-        and all(isinstance(amount, int) and amount >= 0 for amount in amounts)
-        and len(amounts) <= 2 * (dimensions - 2)
-    )
+    if not pads_with_zero(node):
+        return False
+    amounts, dimensions = argument(node, "pad"), node.meta["val"].dim()
+    grows = all(isinstance(amount, int) and amount >= 0 for amount in amounts)
+    return grows and len(amounts) <= 2 * (dimensions - 2)

@@ -13,8 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from zeropoint.backends.xnnpack.conditions import pads_with_zero
-from zeropoint.backends.xnnpack.sound import GEMMS, PADS, SAME_SCALE, SIZE_RULES, check_sound
+from zeropoint.backends.xnnpack.sound import GEMMS, SAME_SCALE, SIZE_RULES, check_sound, pads_itself
 from zeropoint.backends.xnnpack.transform import TO_LOWER, erase_no_ops, spell
 from zeropoint.core.errors import LoweringError
 from zeropoint.core.extras import import_extra
@@ -24,6 +23,7 @@ from zeropoint.graph.capture import capture, require_exported
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.emit import Emitter, complete_values
 from zeropoint.graph.inputs import as_inputs, check_inputs
+from zeropoint.graph.layers import pads_with_zero
 from zeropoint.numerics import ops
 
 NAME = "xnnpack"
@@ -70,8 +70,9 @@ def lower_program(
     complete_values(model)
     check_inputs(model, as_inputs(example_inputs, EXAMPLES), EXAMPLES)
     erase_no_ops(model)
-    give_each_move_one_scale(model)
+    spell(model, TO_LOWER)
     give_each_padding_its_quantize(model)
+    give_each_move_one_scale(model)
     check_sound(model)
     give_each_layer_its_bias(model)
     give_each_reader_its_dequantize(model)
@@ -81,6 +82,7 @@ def lower_program(
 def lower_float(model: nn.Module, example_inputs: tuple[Any, ...], *, dynamic_shapes: Any = None) -> LoweredProgram:
     """Returns the ``.pte`` file of a model as it is, in float: what a quantized one is compared with."""
     captured = copy.deepcopy(capture(model, example_inputs, dynamic_shapes=dynamic_shapes))
+    spell(captured, TO_LOWER)
     return _lower(captured, example_inputs, dynamic_shapes)
 
 
@@ -137,26 +139,28 @@ def give_each_move_one_scale(model: GraphModule) -> None:
         for site, source in list(reads(node)):
             if source.target is ops.DEQUANTIZE_PER_TENSOR and source.args[1:5] != reader.args[1:5]:
                 emit = Emitter(node, "give_each_move_one_scale")
-                quantized = emit.call(ops.QUANTIZE_PER_TENSOR, source, *reader.args[1:])
-                again = emit.call(ops.DEQUANTIZE_PER_TENSOR, quantized, *reader.args[1:], **source.kwargs)
-                replace_read(site, again)
+                replace_read(site, _quantized_again(emit, source, reader.args[1:], source.kwargs))
 
 
 def give_each_padding_its_quantize(model: GraphModule) -> None:
-    """Quantizes what zero padding of quantized values returns where a float operator reads it; else no file loads.
+    """Quantizes what zero padding of quantized values returns, unless a convolution pads itself; else no file loads.
 
     That changes nothing: each value is on the grid of the input already, and 0 is on every grid.
     """
-    for node in [n for n in model.graph.nodes if n.target in PADS and pads_with_zero(n)]:
+    for node in [n for n in model.graph.nodes if pads_with_zero(n)]:
         source = node.all_input_nodes[0]
         if source.target is not ops.DEQUANTIZE_PER_TENSOR:
             continue
         for reader in list(node.users):
-            if reader.target is not ops.QUANTIZE_PER_TENSOR and reader.target not in GEMMS:
+            if reader.target is not ops.QUANTIZE_PER_TENSOR and not pads_itself(reader, node):
                 emit = Emitter(reader, "give_each_padding_its_quantize")
-                quantized = emit.call(ops.QUANTIZE_PER_TENSOR, node, *source.args[1:])
-                again = emit.call(ops.DEQUANTIZE_PER_TENSOR, quantized, *source.args[1:], **source.kwargs)
-                reader.replace_input_with(node, again)
+                reader.replace_input_with(node, _quantized_again(emit, node, source.args[1:], source.kwargs))
+
+
+def _quantized_again(emit: Emitter, source: Node, qparams: tuple[Any, ...], out_dtype: dict[str, Any]) -> Node:
+    """Returns the source quantized and dequantized by the given scale and zero point."""
+    quantized = emit.call(ops.QUANTIZE_PER_TENSOR, source, *qparams)
+    return emit.call(ops.DEQUANTIZE_PER_TENSOR, quantized, *qparams, **out_dtype)
 
 
 def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> LoweredProgram:
@@ -164,7 +168,6 @@ def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: 
     partition = import_extra("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
     configs = import_extra("executorch.backends.xnnpack.utils.configs", "executorch")
     import_extra("executorch.kernels.quantized", "executorch")
-    spell(model, TO_LOWER)
     model.recompile()
     example_inputs = pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, as_inputs(example_inputs, EXAMPLES))
     exported = _exported(model, example_inputs, dynamic_shapes)

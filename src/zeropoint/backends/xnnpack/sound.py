@@ -33,7 +33,6 @@ SAME_SCALE = (
     aten.t.default, aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
 )  # fmt: skip
 MEANS = (aten.mean.dim, aten.adaptive_avg_pool2d.default)
-PADS = (aten.pad.default, aten.constant_pad_nd.default)
 PRODUCTS: dict[Any, str] = {aten.mm.default: "mat2", aten.addmm.default: "mat2", aten.matmul.default: "other"}
 """Products of matrices that are no layer, with the name of the right factor."""
 MAX_RESCALING = 256
@@ -57,11 +56,16 @@ def _has_quantized_weight(node: Node) -> bool:
     return node.target in GEMMS and argument(node, "weight").target in WEIGHT_DQ
 
 
+def pads_itself(node: Node, padding: Node) -> bool:
+    """True for a quantized convolution that is computed with the padding before it."""
+    is_quantized = node.target in CONV and _has_quantized_weight(node)
+    return is_quantized and sole_reader(padding) is node and pads_space_with_zero(padding)
+
+
 def _input_of(node: Node) -> Node:
     """Returns what a layer reads, past the padding that is computed with it."""
     source = argument(node, "input")
-    fused = node.target in CONV and source.target in PADS and sole_reader(source) is node
-    return source.args[0] if fused and pads_space_with_zero(source) else source
+    return source.all_input_nodes[0] if pads_itself(node, source) else source
 
 
 def _scale(node: Node) -> float:

@@ -10,6 +10,7 @@ import torch
 
 from zeropoint.annotate.patterns import ACT, BIAS, FOLLOW, SHARED, Pattern, Table, Weight
 from zeropoint.backends.xnnpack import conditions as c
+from zeropoint.graph.layers import PADS
 
 aten = torch.ops.aten
 
@@ -33,7 +34,6 @@ VIEW = (
 )  # fmt: skip
 PERMUTE = (aten.permute.default, aten.transpose.int, aten.t.default)
 SLICE = (aten.slice.Tensor, aten.narrow.default)
-PAD = (aten.pad.default, aten.constant_pad_nd.default)
 
 GEMM = {"input": ACT, "weight": Weight(axis=0), "bias": BIAS}
 TRANSPOSED_GEMM = {"input": ACT, "weight": Weight(axis=1), "bias": BIAS}
@@ -45,7 +45,7 @@ PATTERNS = (
     ),
     Pattern(
         "conv", (CONV, FUSED_CLAMP), GEMM, when=(c.weight_is_constant, c.bias_is_constant, c.has_a_batch),
-        before=PAD, before_when=(c.pads_space_with_zero,), dynamic=(c.per_channel, c.two_dimensional, c.not_depthwise),
+        before=PADS, before_when=(c.pads_space_with_zero,), dynamic=(c.per_channel, c.two_dimensional, c.not_depthwise),
     ),
     Pattern(
         "conv_transpose", (CONV_TRANSPOSE, FUSED_CLAMP), TRANSPOSED_GEMM,
@@ -84,7 +84,7 @@ FLOAT_ONLY = (
         IN_FLOAT,
     ),
     ((aten.matmul.default, aten.bmm.default, aten.mm.default, aten.addmm.default), NEEDS_CONSTANT),
-    (PAD, "it is computed in int8 only as zero padding right before a convolution that alone reads it"),
+    (PADS, "it is computed in int8 only as zero padding right before a convolution that alone reads it"),
     (CONV3D, "the XNNPACK delegate has no three-dimensional convolution"),
     (
         (

@@ -17,6 +17,7 @@ from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.emit import Emitter
 from zeropoint.graph.graph_pass import remove_dead_code
+from zeropoint.graph.layers import pads_with_zero
 from zeropoint.graph.memory import Memory
 
 aten = torch.ops.aten
@@ -172,6 +173,33 @@ def _is_plain_bias(place: _Place, bias: Node) -> bool:
     return factors == (1, 1) and bias.op == "get_attr" and bias in place.constants and bias.meta["val"].dim() == 1
 
 
+def _explicit_padding(place: _Place) -> None:
+    """``padding="same"`` as numbers; where it is more at one end than at the other, as a pad before the convolution."""
+    source, weight, dilation = (place.argument(name) for name in ("input", "weight", "dilation"))
+    lengths = [d * (size - 1) for d, size in zip(_each(dilation, weight), weight.meta["val"].shape[2:], strict=True)]
+    lengths = lengths if place.argument("padding") == "same" else [0] * len(lengths)
+    padding = [length // 2 for length in lengths]
+    if any(length % 2 for length in lengths):
+        amounts = [amount for length in reversed(lengths) for amount in (length // 2, length - length // 2)]
+        source, padding = _padded(place, source, amounts), [0] * len(lengths)
+    operator = aten.conv1d.default if place.node.target is aten.conv1d.padding else aten.conv2d.default
+    rest = (place.argument("bias"), place.argument("stride"), padding, dilation, place.argument("groups"))
+    place.replace(place.emit.call(operator, source, weight, *rest))
+
+
+def _each(values: list[int], weight: Node) -> list[int]:
+    """Returns one value for each axis of space; the schema lets one stand for all."""
+    return values * (weight.meta["val"].dim() - 2) if len(values) == 1 else values
+
+
+def _padded(place: _Place, source: Node, amounts: list[int]) -> Node:
+    """Returns the source padded with zeros; in one step with a padding before it that nothing else reads."""
+    if pads_with_zero(source) and len(source.users) == 1 and len(argument(source, "pad")) == len(amounts):
+        amounts = [a + b for a, b in zip(amounts, argument(source, "pad"), strict=True)]
+        source = source.all_input_nodes[0]
+    return place.emit.call(aten.constant_pad_nd.default, source, amounts)
+
+
 def _pool_stride(place: _Place) -> None:
     """``max_pool2d(x, 2)`` without a stride makes executorch 1.4 fail with an IndexError."""
     if not place.argument("stride"):
@@ -188,6 +216,8 @@ TO_LOWER: Spellings = {
     aten.view.default: _free_view,
     aten.reshape.default: _free_view,
     aten.max_pool2d.default: _pool_stride,
+    aten.conv1d.padding: _explicit_padding,
+    aten.conv2d.padding: _explicit_padding,
 }
 """Rewritings that keep the pattern of q and dq around an operator."""
 
