@@ -20,6 +20,7 @@ from zeropoint.core.errors import (
     RuleError,
     SpecError,
 )
+from zeropoint.runtime.executorch import Program
 
 
 def small() -> nn.Module:
@@ -300,6 +301,22 @@ def test_a_float_mask_is_never_quantized():
     quantizer = XNNPACKQuantizer().set_global(get_default_quantization_config())
     with pytest.raises(NothingQuantizedError, match="a softmax reads it"):
         zp.prepare_pt2e(graph, quantizer)
+
+
+BATCH = torch.export.Dim("batch", min=1, max=16)
+
+
+@pytest.mark.parametrize(("free", "end"), [(torch.export.Dim.DYNAMIC, 64), (torch.export.Dim.AUTO, 64), (BATCH, 16)])
+def test_a_batch_that_is_free_in_the_program_is_free_in_the_file(free, end):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    exported = torch.export.export(model, batches(batch=4)[0], dynamic_shapes=({0: free},))
+    result = zp.quantize(exported, batches(batch=1)[0], batches())
+    assert result.free == (("input[0]", end),)
+    assert f"sizes     free up to input[0] {end}" in str(result)
+    program = Program(result.pte)
+    for batch in (1, 5, end):
+        (inputs,) = batches(1, batch)
+        assert torch.equal(program(*inputs)[0], result.model(*inputs))
 
 
 def test_inputs_of_every_kind_run(monkeypatch):

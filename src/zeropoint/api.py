@@ -57,6 +57,7 @@ class QuantizedModel:
         float_sqnr_db: lowest SQNR of an output of the converted model against the float model, in dB.
         runtime_sqnr_db: lowest SQNR of an output of the file against the converted model, in dB; None: not verified.
         stages_s: seconds that each stage took.
+        free: the largest size of each axis of an input that is free in the file, by ``input[axis]``.
     """
 
     model: GraphModule = field(repr=False)
@@ -67,6 +68,7 @@ class QuantizedModel:
     float_sqnr_db: float
     runtime_sqnr_db: float | None
     stages_s: dict[str, float]
+    free: tuple[tuple[str, int], ...] = ()
 
     @property
     def coverage(self) -> tuple[CoverageRow, ...]:
@@ -94,6 +96,7 @@ class QuantizedModel:
         file = "not verified" if self.runtime_sqnr_db is None else f"{decibels(self.runtime_sqnr_db)} on the runtime"
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.stages_s.items())
         speed = [f"speed     {note}"] if (note := self.speed_note()) else []
+        free = [f"sizes     free up to {', '.join(f'{axis} {end}' for axis, end in self.free)}"] if self.free else []
         return "\n".join(
             [
                 *coverage_lines(self.coverage),
@@ -102,6 +105,7 @@ class QuantizedModel:
                 *float_weight_lines(self.model, self.record.converted_bytes),
                 f"file      {len(self.pte):,} bytes; {self.delegates} delegate(s); left outside: {left}",
                 f"outputs   against float {decibels(self.float_sqnr_db)}; file against converted model: {file}",
+                *free,
                 *speed,
                 f"stages    {times}",
             ]
@@ -128,7 +132,8 @@ def quantize(
         calibration_data: batches, each a tuple of positional inputs or one tensor; real data, as in use.
         backend: where the file will run.
         quantizer: annotates the graph; by default the backend's, int8 with per-channel weights.
-        dynamic_shapes: as in ``torch.export.export``.
+        dynamic_shapes: which sizes are free, as in ``torch.export.export``; those of an exported program are as they
+            were exported.
         accuracy: what is done beyond rounding: ``"equalize"`` the channels of activations between two layers,
             ``"correct_biases"`` for the shift that rounding gives to the mean of each channel. Both are exact in float.
         verify: run the file in a child process and compare it with the converted model.
@@ -161,14 +166,14 @@ def quantize(
         correct_biases(converted, data.kept, reference)
         refresh_biases(converted)
     with stages.stage("lower"):
-        lowered = xnnpack.lower_program(converted, example_inputs, dynamic_shapes=dynamic_shapes)
+        lowered = xnnpack.lower_program(converted, example_inputs)
     with stages.stage("verify"):
         compared = data.kept[:COMPARED_BATCHES]
         runtime_sqnr = verify_file(lowered.pte, converted, compared, xnnpack.lower).sqnr_db if verify else None
         float_sqnr = min(_compare(float_model, converted, inputs) for inputs in compared)
     return QuantizedModel(
         converted, lowered.pte, record_of(converted), lowered.delegates, lowered.outside, float_sqnr, runtime_sqnr,
-        dict(stages.seconds),
+        dict(stages.seconds), lowered.free,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@
 | NodeSource, NodeSourceAction | torch.fx.traceback | 2.6 to 2.13 |
 | detect_fake_mode | torch._guards | 2.1 to 2.13 |
 | no_dispatch | torch.utils._mode_utils | 2.0 to 2.13 |
+| SymNode.hint, ShapeEnv.bound_sympy | torch.SymInt.node | 2.1 to 2.13 |
 """
 
 from __future__ import annotations
@@ -60,6 +61,22 @@ def fake_like(value: torch.Tensor, shape: Sequence[int] | torch.Size | None = No
         else:
             elem = torch.empty_strided(tuple(wanted), strides, dtype=dtype, device="meta")
         return FakeTensor(value.fake_mode, elem, value.device)
+
+
+def largest_size(size: torch.SymInt) -> int | None:
+    """Returns the largest value that a free size may have; None where it has no end."""
+    upper = size.node.shape_env.bound_sympy(size.node.expr).upper
+    return int(upper) if upper.is_Integer else None
+
+
+def depends_on_another(size: torch.SymInt) -> bool:
+    """True for a free size that is computed from others, such as ``s0 + 1``."""
+    return not size.node.expr.is_Symbol
+
+
+def size_in_example(size: int | torch.SymInt) -> int | None:
+    """Returns a size of the inputs that a graph was exported with; None where it depends on their values."""
+    return size if isinstance(size, int) else size.node.hint
 
 
 def is_tensor_value(value: object) -> bool:

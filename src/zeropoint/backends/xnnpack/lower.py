@@ -21,8 +21,9 @@ from zeropoint.graph.attributes import Names, get_attribute
 from zeropoint.graph.bind import argument, reads, replace_read, set_argument
 from zeropoint.graph.capture import capture, require_exported
 from zeropoint.graph.chains import sole_reader
+from zeropoint.graph.compat import is_tensor_value, largest_size
 from zeropoint.graph.emit import Emitter, complete_values
-from zeropoint.graph.inputs import as_inputs, check_inputs
+from zeropoint.graph.inputs import as_inputs, check_inputs, free_axes, free_sizes, with_free_sizes
 from zeropoint.graph.layers import pads_with_zero
 from zeropoint.numerics import ops
 
@@ -38,11 +39,13 @@ class LoweredProgram:
         pte: the bytes of the file.
         delegates: how many pieces run on the delegate; one is best.
         outside: the operators left outside of it, by name, with how often.
+        free: the largest size of each axis of an input that is free, by ``input[axis]``.
     """
 
     pte: bytes
     delegates: int
     outside: tuple[tuple[str, int], ...]
+    free: tuple[tuple[str, int], ...] = ()
 
 
 def lower(converted: GraphModule, example_inputs: tuple[Any, ...], *, dynamic_shapes: Any = None) -> bytes:
@@ -50,8 +53,10 @@ def lower(converted: GraphModule, example_inputs: tuple[Any, ...], *, dynamic_sh
 
     Args:
         converted: what ``convert_pt2e`` returned. It is not changed.
-        example_inputs: positional inputs; their shapes are those of the file unless ``dynamic_shapes`` frees them.
-        dynamic_shapes: as in ``torch.export.export``.
+        example_inputs: positional inputs; their sizes are those of the file where these are not free.
+        dynamic_shapes: which sizes are free, as in ``torch.export.export``; None: those that are free in the model.
+            The runtime reserves memory for the largest size; one without an end may grow to 64, or to four times its
+            size in ``example_inputs``.
 
     Raises:
         LoweringError: the delegate would compute an operator of the graph wrongly; names each. Or ExecuTorch fails.
@@ -169,15 +174,14 @@ def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: 
     configs = import_extra("executorch.backends.xnnpack.utils.configs", "executorch")
     import_extra("executorch.kernels.quantized", "executorch")
     model.recompile()
-    example_inputs = pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, as_inputs(example_inputs, EXAMPLES))
-    exported = _exported(model, example_inputs, dynamic_shapes)
+    exported = _exported(model, as_inputs(example_inputs, EXAMPLES), dynamic_shapes)
     check_sound(exported.graph_module, SIZE_RULES)
     try:
         edge = exir.to_edge_transform_and_lower(
             exported, partitioner=[partition.XnnpackPartitioner()], transform_passes=configs.get_transform_passes()
         )
         delegates, outside = _whereabouts(edge.exported_program())
-        return LoweredProgram(bytes(edge.to_executorch().buffer), delegates, outside)
+        return LoweredProgram(bytes(edge.to_executorch().buffer), delegates, outside, _free(exported))
     except Exception as error:
         what = f"ExecuTorch could not lower the model: {type(error).__name__}: {str(error).strip()}"
         remedy = "Its message names an operator: leave that float (set_module_name or set_operator_type None)."
@@ -185,15 +189,28 @@ def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: 
 
 
 def _exported(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> ExportedProgram:
+    if dynamic_shapes is None:
+        dynamic_shapes = free_sizes(model, example_inputs)
+        example_inputs = with_free_sizes(model, example_inputs)
+    inputs = pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, example_inputs)
     try:
         with torch.no_grad():
-            return torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
+            return torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes)
     except Exception as error:
         what = f"torch.export could not export the model: {type(error).__name__}: {str(error).strip()}"
         remedy = (
             "Sizes that are free here must be free in the export that was prepared: give both the same dynamic_shapes."
         )
         raise LoweringError(what, where="xnnpack.lower", remedy=remedy) from error
+
+
+def _free(program: ExportedProgram) -> tuple[tuple[str, int], ...]:
+    """Returns the free axes of a program's inputs with their largest sizes, where these have an end."""
+    inputs = [
+        node for node in program.graph.nodes if node.op == "placeholder" and is_tensor_value(node.meta.get("val"))
+    ]
+    free = [(f"{n.name}[{axis}]", largest_size(s)) for n in inputs for axis, s in free_axes(n.meta["val"]).items()]
+    return tuple((axis, end) for axis, end in free if end is not None)
 
 
 def _whereabouts(program: ExportedProgram) -> tuple[int, tuple[tuple[str, int], ...]]:
