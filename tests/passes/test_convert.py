@@ -144,6 +144,22 @@ def test_a_float32_placeholder_disappears():
     assert models.find(model, "linear").args[2].target == "0.bias"
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int4])
+def test_a_type_that_nothing_is_quantized_to_is_not_left_float(dtype):
+    class Foreign(nn.Identity):
+        qscheme, is_dynamic = torch.per_tensor_affine, False
+
+        def calculate_qparams(self):
+            return torch.ones(1), torch.zeros(1)
+
+    Foreign.dtype = dtype
+    spec = quantizers.activation(observer_or_fake_quant_ctr=lambda **fields: Foreign())
+    model = prepared(models.linear, linear_with(input=spec), calibrate=False)
+    with pytest.raises(SpecError, match=rf"input_1: dtype={dtype} is no type to quantize to"):
+        convert_pt2e(model)
+    assert [node.op for node in model.graph.nodes].count("call_module") == 1
+
+
 def test_fixed():
     fixed = FixedQParamsQuantizationSpec(torch.int8, 0.125, 3, -128, 127, torch.per_tensor_affine)
     model = converted(models.mlp, linear_with(input=fixed))

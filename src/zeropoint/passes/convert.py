@@ -9,19 +9,19 @@ import torch
 from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.annotation import Q_ANNOTATION_KEY, is_valid_annotation
-from zeropoint.core.dtypes import INTEGER_DTYPES, plain_dtype
+from zeropoint.core.dtypes import FLOAT8_DTYPES, INTEGER_DTYPES, check_dtype, plain_dtype
 from zeropoint.core.errors import GraphError
 from zeropoint.graph.attributes import Names, get_attribute
 from zeropoint.graph.compat import created_from
 from zeropoint.graph.constants import FLOAT_PATH_KEY, constant_nodes, evaluate
 from zeropoint.graph.emit import Fakes, complete_values, inherit
 from zeropoint.graph.graph_pass import bodies, graph_pass
+from zeropoint.graph.source import describe
 from zeropoint.numerics import ops
 from zeropoint.numerics.scratch import LateWrites
 from zeropoint.passes.qparams_of import QParams, observe_constant, observer_of, qparams_of
 from zeropoint.passes.run_time import PASS, check_run_time, out_dtype, quantize_at_run_time, to_half_and_back
 
-FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
 Known = Callable[[GraphModule], dict[int, QParams]]
 
 
@@ -44,6 +44,7 @@ def convert(
 
     Raises:
         CalibrationError: an observer saw no data.
+        SpecError: nothing can be quantized as an observer says.
     """
     _Converter(model, fold_constants, writes).run(known)
 
@@ -65,6 +66,7 @@ class _Converter:
         calls = [(node, observer) for node, observer in calls if observer is not None]
         others = [(node, observer) for node, observer in calls if not _converts_itself(observer)]
         for node, observer in others:
+            check_dtype(observer.dtype, describe(_observed(node)))
             self._allocate(node, observer)
         self.writes.touch()
         self.qparams |= known(self.model)
@@ -220,7 +222,7 @@ def _kind(observer: Any) -> Literal["static", "run time", "half", "float"]:
     dtype = plain_dtype(observer.dtype)
     if dtype == torch.float16:
         return "half"
-    if dtype not in (*INTEGER_DTYPES, *FLOAT8):
+    if dtype not in (*INTEGER_DTYPES, *FLOAT8_DTYPES):
         return "float"
     return "run time" if getattr(observer, "is_dynamic", False) else "static"
 
