@@ -40,6 +40,7 @@ def prepare_pt2e(model: GraphModule, quantizer: Quantizer) -> GraphModule:
     Raises:
         CaptureError: the model is not exported.
         AnnotationError, RuleError: the quantizer's annotations contradict the graph or one another.
+        SpecError: an observer refuses its spec, or its tensor.
     """
     prepared, _ = prepare_with_plan(model, quantizer)
     return prepared

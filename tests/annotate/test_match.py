@@ -1,5 +1,7 @@
 """Annotating by a small made-up table."""
 
+import operator
+
 import models
 import pytest
 import quantizers
@@ -192,6 +194,24 @@ class TestTableQuantizer:
         arguments = ("int8",) if setter == "set_global" else ("layer", "int8")
         with pytest.raises(RuleError, match=rf"{setter}: str is no configuration"):
             getattr(Tiny(), setter)(*arguments)
+
+    @pytest.mark.parametrize(
+        ("setter", "arguments", "words"),
+        [
+            ("set_module_name", (3, CONFIG), "3 is no module name. Give the path of a module"),
+            ("set_module_type", (3, CONFIG), "3 is no module type. Give a class"),
+            ("set_operator_type", ("add", CONFIG), "'add' is no operator. Give the operator itself"),
+            ("set_operator_type", ([aten.add.Tensor], CONFIG), "is no operator"),
+            ("set_operator_type", (nn.Linear, CONFIG), "Linear'> is no operator"),
+            ("set_filter_function", (3,), "3 is no function. Give a function that takes a node"),
+        ],
+    )
+    def test_a_rule_that_no_model_could_match_is_refused_at_once(self, setter, arguments, words):
+        with pytest.raises(RuleError, match=f"{setter}: .*{words}"):
+            getattr(Tiny(), setter)(*arguments)
+
+    def test_a_packet_of_operators_and_a_python_function_are_operators(self):
+        Tiny().set_operator_type(aten.linear, CONFIG).set_operator_type(operator.mul, CONFIG)
 
     def test_a_rule_that_matches_nothing_is_an_error(self):
         with pytest.raises(RuleError, match="set_module_name\\('nope'\\)"):

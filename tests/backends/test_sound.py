@@ -71,6 +71,24 @@ def two_grids(layer: Layer, x: torch.Tensor) -> torch.Tensor:
     return fake(y, OUT) + fake(y, 0.02)
 
 
+class Grouped(Layer):
+    """A linear layer whose weight has 4-bit integers and a scale for each group of 32."""
+
+    def __init__(self) -> None:
+        super().__init__((6, 64))
+        self.integers.clamp_(-8, 7)
+        self.register_buffer("scales", torch.rand(6, 2) + 0.5)
+        self.register_buffer("zero_points", torch.zeros(6, 2, dtype=torch.int64))
+
+    def weight(self) -> torch.Tensor:
+        scales = (self.scales, self.zero_points)
+        return qd.dequantize_per_channel_group(self.integers, *scales, -8, 7, torch.int8, 32, torch.float32)
+
+
+def grouped(function: Callable[..., torch.Tensor]) -> Graph:
+    return Graph(function, Grouped())
+
+
 def at_run_time(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return fake(F.linear(fake(x), fake(layer.weight, 0.01, 0, -127, 127), layer.bias), OUT)
 
@@ -172,6 +190,18 @@ CASES = (
             Layer((4, 3, 3, 3), functools.partial(F.conv_transpose2d, groups=2), axis=1, out=6),
             lambda m, x: fake(m(fake(x)), OUT),
         ), PICTURE,
+    ),
+    Case(
+        sound.groups_have_a_kernel, "linear", "a scale for each group of 32; there is a kernel for inputs quantized at",
+        "Use PerChannelMinMaxObserver for its weight", lambda: grouped(lambda m, x: fake(m(fake(x)), OUT)), (5, 64),
+    ),
+    Case(
+        sound.groups_have_a_kernel, "linear", "a scale for each group of 32", "a dynamic configuration",
+        lambda: grouped(lambda m, x: m(x)), (5, 64),
+    ),
+    Case(
+        sound.factors_are_float, "matmul", "it multiplies by the dequantized matrix", "aten.linear",
+        lambda: grouped(lambda m, x: fake(torch.matmul(fake(x), m.weight()), OUT)), (5, 6),
     ),
     Case(
         sound.bias_is_float, "conv2d", "not from a float parameter", "Leave the bias float (bias spec None).",
@@ -277,6 +307,19 @@ def test_rule_refuses(case: Case):
 
 def test_every_rule_has_a_case():
     assert {case.rule for case in CASES} | set(SIZE_RULES) == set(RULES)
+
+
+def test_groups_of_an_input_quantized_at_run_time_are_sound():
+    def dynamic(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        chosen = qd.choose_qparams.tensor(x, -128, 127, 1e-6, torch.int8)
+        q = qd.quantize_per_tensor.tensor(x, *chosen, -128, 127, torch.int8)
+        return layer(qd.dequantize_per_tensor.tensor(q, *chosen, -128, 127, torch.int8))
+
+    inputs = (torch.randn(1, 64),)
+    model = exported(grouped(dynamic), *inputs)
+    check_sound(model)
+    ((actual,),) = run_in_child(lower(model, inputs), [inputs])
+    assert sqnr_db(model(*inputs), actual) > 40
 
 
 def test_message_gives_twenty_and_counts_the_rest():

@@ -199,6 +199,10 @@ def test_nothing_quantized():
         {"weight_qmin": -200},
         {"weight_qmax": 255},
         {"weight_qmin": 3, "weight_qmax": -3},
+        {"act_qmin": 1},
+        {"act_qmax": -1},
+        {"weight_qmin": 1},
+        {"weight_qmin": -1.5},
     ],
 )
 def test_range_that_does_not_hold(arguments: dict[str, int]):

@@ -19,8 +19,10 @@ from zeropoint.numerics.fake_quantize import FakeQuantize
 from zeropoint.numerics.observers import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
+    MovingAveragePerGroupMinMaxObserver,
     ObserverBase,
     PerChannelMinMaxObserver,
+    PerGroupMinMaxObserver,
     PlaceholderObserver,
 )
 from zeropoint.workflow import convert_pt2e, prepare_pt2e
@@ -142,6 +144,100 @@ def test_a_float32_placeholder_disappears():
     spec = QuantizationSpec(torch.float32, PlaceholderObserver)
     model = converted(models.mlp, linear_with(input=quantizers.activation(), bias=spec))
     assert models.find(model, "linear").args[2].target == "0.bias"
+
+
+def grouped(scheme=torch.per_channel_symmetric, dtype=torch.int8, low=-8, high=7, **settings):
+    observer = PerGroupMinMaxObserver.with_args(group_size=2, **settings)
+    return QuantizationSpec(dtype, observer, low, high, scheme, 0)
+
+
+def by_hand(weight, low, high, symmetric):
+    """Returns the integers, scales and zero points of groups of two."""
+    rows = weight.detach().reshape(-1, 2)
+    least, greatest = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+    if symmetric:
+        scale, zero_point = torch.maximum(-least, greatest) / ((high - low) / 2), torch.zeros(len(rows))
+    else:
+        scale = (greatest - least) / (high - low)
+        zero_point = (low - (least / scale).round()).clamp(low, high)
+    integers = (rows * (1 / scale[:, None]) + zero_point[:, None]).round().clamp(low, high)
+    shape = (len(weight), -1)
+    return integers.reshape(weight.shape), scale.reshape(shape), zero_point.reshape(shape)
+
+
+@pytest.mark.parametrize(
+    ("spec", "symmetric"),
+    [
+        (grouped(), True),
+        (grouped(low=-127, high=127), True),
+        (grouped(torch.per_channel_affine), False),
+        (grouped(torch.per_channel_affine, torch.uint8, 0, 15), False),
+        (grouped(torch.per_channel_affine, torch.uint8, 0, 255), False),
+    ],
+    ids=["int4", "int8", "affine int4", "affine uint4", "affine uint8"],
+)
+def test_weights_per_group(spec, symmetric):
+    module, (x,) = models.linear()
+    model = converted(models.linear, linear_with(weight=spec))
+    integers, scale, zero_point = by_hand(module.weight, spec.quant_min, spec.quant_max, symmetric)
+    dq = models.find(model, "dequantize_per_channel_group")
+    assert dq.args[3:] == (spec.quant_min, spec.quant_max, spec.dtype, 2, torch.float32)
+    stored = dict(model.named_buffers())
+    assert stored[dq.args[0].target].dtype == spec.dtype
+    assert torch.equal(stored[dq.args[0].target].float(), integers)
+    assert torch.equal(stored[dq.args[1].target], scale)
+    assert torch.equal(stored[dq.args[2].target].float(), zero_point)
+    real = ((integers - zero_point.repeat_interleave(2, 1)) * scale.repeat_interleave(2, 1)).to(torch.float32)
+    assert torch.equal(model(x), nn.functional.linear(x, real, module.bias))
+    assert dq.meta["val"].shape == (3, 4)
+    assert not [name for name in model.state_dict() if name.endswith("weight")]
+    again = torch.export.export(model, (x,)).module()
+    assert torch.equal(again(x), model(x))
+
+
+def test_weights_per_group_that_are_not_folded():
+    model = converted(models.linear, linear_with(weight=grouped()), fold_quantize=False)
+    folded = converted(models.linear, linear_with(weight=grouped()))
+    q = models.find(model, "quantize_per_channel_group")
+    assert q.args[3:] == (-8, 7, torch.int8, 2)
+    assert q.meta["val"].dtype == torch.int8
+    _, (x,) = models.linear()
+    assert torch.equal(model(x), folded(x))
+
+
+@pytest.mark.parametrize("kind", [MovingAveragePerGroupMinMaxObserver, PerGroupMinMaxObserver])
+def test_fake_quantizers_per_group(kind):
+    observer = FakeQuantize.with_args(observer=kind.with_args(group_size=2))
+    spec = QuantizationSpec(torch.int8, observer, -8, 7, torch.per_channel_symmetric)
+    model = prepared(models.linear, linear_with(weight=spec))
+    _, (x,) = models.linear()
+    trained = model(x)
+    torch.testing.assert_close(convert_pt2e(model)(x), trained)
+
+
+def test_weights_per_group_of_another_float_dtype():
+    module, (x,) = models.linear()
+    model = models.export(module.bfloat16(), x.bfloat16())
+    model = prepare_pt2e(model, by(linear_with(weight=grouped())))
+    model = convert_pt2e(model)
+    assert models.find(model, "dequantize_per_channel_group").args[-1] == torch.bfloat16
+    assert model(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int4])
+def test_a_type_that_nothing_is_quantized_to_is_not_left_float(dtype):
+    class Foreign(nn.Identity):
+        qscheme, is_dynamic = torch.per_tensor_affine, False
+
+        def calculate_qparams(self):
+            return torch.ones(1), torch.zeros(1)
+
+    Foreign.dtype = dtype
+    spec = quantizers.activation(observer_or_fake_quant_ctr=lambda **fields: Foreign())
+    model = prepared(models.linear, linear_with(input=spec), calibrate=False)
+    with pytest.raises(SpecError, match=rf"input_1: dtype={dtype} is no type to quantize to"):
+        convert_pt2e(model)
+    assert [node.op for node in model.graph.nodes].count("call_module") == 1
 
 
 def test_fixed():

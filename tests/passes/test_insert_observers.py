@@ -12,11 +12,13 @@ from torch.fx import Graph, GraphModule
 
 from zeropoint.annotate.annotation import QuantizationAnnotation
 from zeropoint.backends import xnnpack
+from zeropoint.core.errors import SpecError
 from zeropoint.core.specs import SharedQuantizationSpec
 from zeropoint.graph.bind import Site
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.show import show
-from zeropoint.numerics.observers import HistogramObserver, MinMaxObserver
+from zeropoint.numerics.fake_quantize import FakeQuantize
+from zeropoint.numerics.observers import HistogramObserver, MinMaxObserver, PerGroupMinMaxObserver
 from zeropoint.numerics.observers.repeated import RepeatedObserver
 from zeropoint.passes.insert_observers import insert_observers
 from zeropoint.workflow import convert_pt2e, prepare_pt2e
@@ -54,6 +56,42 @@ def test_observers_are_moved_to_the_models_device():
     assert all(
         tensor.device.type == "meta" for observer in observers.values() for tensor in observer.state_dict().values()
     )
+
+
+def grouped(group_size):
+    observer = PerGroupMinMaxObserver.with_args(group_size=group_size)
+    return quantizers.weight(observer_or_fake_quant_ctr=observer)
+
+
+@pytest.mark.parametrize(
+    ("build", "place", "spec", "words"),
+    [
+        (
+            models.linear,
+            "weight",
+            grouped(3),
+            r"weight.* read as linear.weight: group_size=3 does not cut its rows of 4",
+        ),
+        (models.linear, "weight", grouped(1), "Choose a group_size of at least 2 that divides 4"),
+        (models.linear, "bias", grouped(3), r"bias.*: its shape is \(3,\), and only matrices are quantized per group"),
+        (models.linear, "input", grouped(2), r"input_1.* read as linear.input: it is no constant, and only constants"),
+        (models.linear, "", grouped(3), "linear.*: it is no constant"),
+        (models.conv_relu, "weight", grouped(3), r"its shape is \(3, 2, 3, 3\).*Use PerChannelMinMaxObserver for it"),
+        (
+            models.linear,
+            "weight",
+            quantizers.weight(observer_or_fake_quant_ctr=FakeQuantize.with_args(observer=PerGroupMinMaxObserver)),
+            "group_size=128 does not cut its rows of 4",
+        ),
+    ],
+)
+def test_what_cannot_be_cut_into_groups_names_the_tensor(build, place, spec, words):
+    model = models.exported(build)
+    node = next(node for node in model.graph.nodes if node.target in quantizers.GEMMS)
+    annotate(node, {place: spec} if place else {}, None if place else spec)
+    with pytest.raises(SpecError, match=words):
+        prepare_pt2e(model, quantizers.ByHand(lambda model: None))
+    assert "call_module" not in [node.op for node in model.graph.nodes]
 
 
 def test_names_and_places():

@@ -153,5 +153,27 @@ def test_sites_of_a_group_have_one_observer():
     ],
 )
 def test_an_observer_that_refuses_its_arguments(spec):
-    with pytest.raises(SpecError):
+    with pytest.raises(SpecError, match=r"^relu_default: "):
         only(spec)
+
+
+@pytest.mark.parametrize("name", ["MinMaxObserver", "HistogramObserver"])
+@pytest.mark.parametrize("package", ["zeropoint.numerics.observers", "torchao.quantization.pt2e"])
+def test_what_an_observer_cannot_do_is_an_error_that_names_both(name, package):
+    kind = getattr(pytest.importorskip(package), name)
+    by_channel = quantizers.activation(qscheme=torch.per_channel_symmetric, ch_axis=0, observer_or_fake_quant_ctr=kind)
+    words = rf"relu_default: .*{name}.*torch.per_channel_symmetric"
+    with pytest.raises(SpecError, match=words):
+        only(by_channel)
+    with pytest.raises(SpecError, match=words):
+        only(quantizers.weight(observer_or_fake_quant_ctr=FakeQuantize.with_args(observer=kind)))
+    if name == "HistogramObserver":
+        with pytest.raises(SpecError, match=r"relu_default: .*HistogramObserver.*is_dynamic=True"):
+            only(quantizers.activation(is_dynamic=True, observer_or_fake_quant_ctr=kind))
+
+
+def test_what_is_built_must_be_an_observer():
+    with pytest.raises(
+        SpecError, match=r"relu_default: .*built a dict. Give the class of an observer or fake quantizer"
+    ):
+        only(quantizers.activation(observer_or_fake_quant_ctr=dict))

@@ -25,7 +25,8 @@ class TableQuantizer(Quantizer):
     """Annotates by ``table``, where the user's rules say so. Every ``set_`` method returns the quantizer.
 
     Precedence: module name, module type, operator type, global; the innermost module wins, and None leaves float.
-    A rule that matches no node of the model is an error, raised by ``validate``.
+    A rule that matches no node of the model is an error, raised by ``validate``. One that no model could match, such as
+    an operator's name in place of the operator, is a RuleError at once.
     """
 
     table: Table
@@ -41,21 +42,33 @@ class TableQuantizer(Quantizer):
 
     def set_module_name(self, module_name: str, quantization_config: Choice) -> Self:
         """Sets the configuration of a module and all in it, by its path; ``*`` and ``?`` match as in file names."""
+        if not isinstance(module_name, str):
+            remedy = 'Give the path of a module, e.g. "encoder.layers.0".'
+            raise RuleError(f"{module_name!r} is no module name", where="set_module_name", remedy=remedy)
         self.rules.by_module_name[module_name] = _checked(quantization_config, "set_module_name")
         return self
 
     def set_module_type(self, module_type: type | str, quantization_config: Choice) -> Self:
         """Sets the configuration of the modules of a class, and all in them."""
+        if not isinstance(module_type, type | str):
+            remedy = "Give a class, e.g. torch.nn.Linear, or its full name."
+            raise RuleError(f"{module_type!r} is no module type", where="set_module_type", remedy=remedy)
         self.rules.by_module_type[type_name(module_type)] = _checked(quantization_config, "set_module_type")
         return self
 
     def set_operator_type(self, operator_type: Any, quantization_config: Choice) -> Self:
         """Sets the configuration of an operator, e.g. ``torch.ops.aten.add.Tensor``."""
+        if not callable(operator_type) or isinstance(operator_type, type):
+            remedy = "Give the operator itself, e.g. torch.ops.aten.add.Tensor."
+            raise RuleError(f"{operator_type!r} is no operator", where="set_operator_type", remedy=remedy)
         self.rules.by_operator[operator_type] = _checked(quantization_config, "set_operator_type")
         return self
 
     def set_filter_function(self, filter_function: Callable[[Node], bool]) -> Self:
         """Leaves float every node for which the function returns False."""
+        if not callable(filter_function):
+            remedy = "Give a function that takes a node and returns whether it may be quantized."
+            raise RuleError(f"{filter_function!r} is no function", where="set_filter_function", remedy=remedy)
         self.rules.filter_function = filter_function
         return self
 

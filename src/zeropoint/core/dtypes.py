@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from zeropoint.core.arguments import require_integer
 from zeropoint.core.errors import SpecError
 
 INTEGER_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32)
 """Storage types of quantized tensors. 4-bit values are held in int8 / uint8 with a narrower range."""
+
+FLOAT8_DTYPES = (torch.float8_e5m2, torch.float8_e4m3fn)
+"""Float types that have a scale, as integers do; for observers of other packages."""
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Types that an observer without statistics may have: float16 rounds to it and back, the others leave float."""
 
 LEGACY_DTYPES = {
     torch.qint8: torch.int8,
@@ -21,6 +30,20 @@ LEGACY_DTYPES = {
 def plain_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the plain integer dtype of a legacy ``torch.q*`` dtype; any other dtype as it is."""
     return LEGACY_DTYPES.get(dtype, dtype)
+
+
+def check_dtype(dtype: Any, where: str = "") -> None:
+    """Refuses a dtype that a tensor neither is quantized to nor stays float by.
+
+    Raises:
+        SpecError: says the dtype, and which there are.
+    """
+    if not isinstance(dtype, torch.dtype):
+        raise SpecError(f"dtype is {dtype!r}, not a torch.dtype", where=where, remedy="Use e.g. torch.int8.")
+    if plain_dtype(dtype) not in INTEGER_DTYPES + FLOAT8_DTYPES + FLOAT_DTYPES:
+        allowed = ", ".join(str(d) for d in INTEGER_DTYPES)
+        remedy = f"Use one of {allowed}; for 4 bits torch.int8 with quant_min=-8, quant_max=7; torch.float32 for float."
+        raise SpecError(f"dtype={dtype} is no type to quantize to", where=where, remedy=remedy)
 
 
 def integer_range(dtype: torch.dtype) -> tuple[int, int]:
@@ -43,11 +66,11 @@ def checked_range(dtype: torch.dtype, quant_min: int | None, quant_max: int | No
     """Returns ``(quant_min, quant_max)`` with the dtype's own bounds where one is None.
 
     Raises:
-        SpecError: the range is empty or does not fit the dtype.
+        SpecError: a bound is no integer, or the range is empty or does not fit the dtype.
     """
     low, high = integer_range(dtype)
-    chosen_low = low if quant_min is None else int(quant_min)
-    chosen_high = high if quant_max is None else int(quant_max)
+    chosen_low = low if quant_min is None else require_integer("quant_min", quant_min)
+    chosen_high = high if quant_max is None else require_integer("quant_max", quant_max)
     if not low <= chosen_low < chosen_high <= high:
         raise SpecError(
             f"quant_min={chosen_low}, quant_max={chosen_high} is no range within {dtype}",

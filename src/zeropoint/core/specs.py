@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-from zeropoint.core.dtypes import INTEGER_DTYPES, integer_range, plain_dtype
+from zeropoint.core.arguments import require_bool, require_integer, require_positive
+from zeropoint.core.dtypes import INTEGER_DTYPES, check_dtype, integer_range, plain_dtype
 from zeropoint.core.errors import SpecError
 
 EdgeOrNode: TypeAlias = tuple[Node, Node] | Node
@@ -80,21 +81,26 @@ def _field_key(name: str, value: Any) -> object:
 
 
 def _check_dtype_and_range(dtype: Any, quant_min: float | None, quant_max: float | None) -> None:
-    if not isinstance(dtype, torch.dtype):
-        raise SpecError(f"dtype is {dtype!r}, not a torch.dtype", where="spec")
-    if quant_min is not None and quant_max is not None and quant_min > quant_max:
+    check_dtype(dtype, "spec")
+    bounds = {"quant_min": quant_min, "quant_max": quant_max}
+    given = {name: require_integer(name, value, "spec") for name, value in bounds.items() if value is not None}
+    if len(given) == 2 and given["quant_min"] > given["quant_max"]:
         raise SpecError(f"quant_min={quant_min} is larger than quant_max={quant_max}", where="spec")
-    if plain_dtype(dtype) not in INTEGER_DTYPES:
-        return
-    low, high = integer_range(dtype)
-    for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
-        if value is not None and not low <= value <= high:
-            remedy = f"Choose a value in {low}..{high}, or another dtype."
-            raise SpecError(f"{name}={value} does not fit {dtype}", where="spec", remedy=remedy)
+    if plain_dtype(dtype) in INTEGER_DTYPES:
+        low, high = integer_range(dtype)
+        for name, value in given.items():
+            if not low <= value <= high:
+                remedy = f"Choose a value in {low}..{high}, or another dtype."
+                raise SpecError(f"{name}={value} does not fit {dtype}", where="spec", remedy=remedy)
+        given = {"quant_min": low, "quant_max": high, **given}
+    if len(given) == 2 and given["quant_min"] == given["quant_max"]:
+        what = f"quant_min and quant_max are both {given['quant_min']}"
+        raise SpecError(what, where="spec", remedy="Choose quant_min < quant_max: a range has two integers at least.")
 
 
 def _check_scheme(qscheme: Any, ch_axis: int | None, is_dynamic: bool) -> None:
-    if ch_axis is not None and ch_axis < 0:
+    require_bool("is_dynamic", is_dynamic, "spec")
+    if ch_axis is not None and require_integer("ch_axis", ch_axis, "spec") < 0:
         raise SpecError(f"ch_axis={ch_axis} is negative", where="spec", remedy="Count axes from 0.")
     if qscheme is not None and qscheme not in PER_TENSOR + PER_CHANNEL:
         allowed = ", ".join(str(s) for s in PER_TENSOR + PER_CHANNEL)
@@ -104,12 +110,31 @@ def _check_scheme(qscheme: Any, ch_axis: int | None, is_dynamic: bool) -> None:
         raise SpecError(f"is_dynamic=True does not go with {qscheme}", where="spec", remedy=remedy)
 
 
+def _check_constructor(constructor: Any) -> None:
+    what, remedy = f"observer_or_fake_quant_ctr={constructor!r}", "Give a class, or e.g. MinMaxObserver.with_args(...)."
+    if not callable(constructor):
+        raise SpecError(f"{what} is not callable", where="spec", remedy=remedy)
+    if isinstance(constructor, torch.nn.Module):
+        raise SpecError(f"{what} is built already; each tensor has one of its own", where="spec", remedy=remedy)
+
+
+def _check_fixed(scale: Any, zero_point: Any, low: int | None, high: int | None) -> None:
+    """``low`` and ``high`` are bounds of the zero point."""
+    require_positive("scale", scale, "fixed spec")
+    number, remedy = require_integer("zero_point", zero_point, "fixed spec"), "Choose one that the range holds."
+    if low is not None and number < low:
+        raise SpecError(f"zero_point={zero_point} is below quant_min={low}", where="fixed spec", remedy=remedy)
+    if high is not None and number > high:
+        raise SpecError(f"zero_point={zero_point} is above quant_max={high}", where="fixed spec", remedy=remedy)
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class QuantizationSpec(QuantizationSpecBase):
     """Quantize with a scale and zero point that an observer or fake quantizer measures.
 
     Args:
-        dtype: storage type, e.g. ``torch.int8``. A float type means: observe nothing, leave float.
+        dtype: storage type, e.g. ``torch.int8``. A float type means: observe nothing, leave float; ``torch.float16``:
+            round to it and back.
         observer_or_fake_quant_ctr: class or ``with_args`` wrapper; called with the other fields to build the observer.
         quant_min, quant_max: range of the integers, inclusive; None: the whole range of ``dtype``.
         qscheme: a ``torch.per_tensor_*`` or ``torch.per_channel_*`` scheme.
@@ -117,7 +142,7 @@ class QuantizationSpec(QuantizationSpecBase):
         is_dynamic: choose scale and zero point from each input at run time.
 
     Raises:
-        SpecError: the fields contradict one another.
+        SpecError: a field cannot hold, or the fields contradict one another.
     """
 
     dtype: torch.dtype
@@ -131,10 +156,7 @@ class QuantizationSpec(QuantizationSpecBase):
     def __post_init__(self) -> None:
         _check_dtype_and_range(self.dtype, self.quant_min, self.quant_max)
         _check_scheme(self.qscheme, self.ch_axis, self.is_dynamic)
-        if not callable(self.observer_or_fake_quant_ctr):
-            raise SpecError(
-                f"observer_or_fake_quant_ctr={self.observer_or_fake_quant_ctr!r} is not callable", where="spec"
-            )
+        _check_constructor(self.observer_or_fake_quant_ctr)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -142,7 +164,7 @@ class FixedQParamsQuantizationSpec(QuantizationSpecBase):
     """Quantize with the given scale and zero point, e.g. 1/256 and 0 for a sigmoid's output.
 
     Raises:
-        SpecError: the scale is not positive, or the zero point lies outside of the range.
+        SpecError: the scale is not positive, the zero point lies outside of the range, or the scheme is per channel.
     """
 
     dtype: torch.dtype
@@ -155,12 +177,15 @@ class FixedQParamsQuantizationSpec(QuantizationSpecBase):
 
     def __post_init__(self) -> None:
         _check_dtype_and_range(self.dtype, self.quant_min, self.quant_max)
-        if not 0 < self.scale < float("inf"):
-            raise SpecError(f"scale={self.scale} is not a positive finite number", where="fixed spec")
-        if self.quant_min is not None and self.zero_point < self.quant_min:
-            raise SpecError(f"zero_point={self.zero_point} is below quant_min={self.quant_min}", where="fixed spec")
-        if self.quant_max is not None and self.zero_point > self.quant_max:
-            raise SpecError(f"zero_point={self.zero_point} is above quant_max={self.quant_max}", where="fixed spec")
+        _check_scheme(self.qscheme, None, self.is_dynamic)
+        if self.qscheme in PER_CHANNEL:
+            remedy = f"Use one of {', '.join(str(s) for s in PER_TENSOR)}."
+            raise SpecError(f"qscheme={self.qscheme} with one scale for all", where="fixed spec", remedy=remedy)
+        is_integer = plain_dtype(self.dtype) in INTEGER_DTYPES
+        low, high = integer_range(self.dtype) if is_integer else (None, None)
+        low = low if self.quant_min is None else self.quant_min
+        high = high if self.quant_max is None else self.quant_max
+        _check_fixed(self.scale, self.zero_point, low, high)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -193,3 +218,12 @@ class DerivedQuantizationSpec(QuantizationSpecBase):
         _check_scheme(self.qscheme, self.ch_axis, self.is_dynamic)
         if not isinstance(self.derived_from, Iterable):
             raise SpecError("derived_from is not a list of edges and nodes", where="derived spec")
+        if not callable(self.derive_qparams_fn):
+            what, remedy = f"derive_qparams_fn={self.derive_qparams_fn!r} is not callable", "Give a function."
+            raise SpecError(what, where="derived spec", remedy=remedy)
+
+
+def is_spec(value: Any) -> bool:
+    """Returns whether a value is a spec of this package, or has the attributes of one of another's."""
+    kinds = ("edge_or_node", "derive_qparams_fn", "observer_or_fake_quant_ctr", "zero_point")
+    return isinstance(value, QuantizationSpecBase) or any(hasattr(value, name) for name in kinds)

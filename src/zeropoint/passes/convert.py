@@ -9,19 +9,19 @@ import torch
 from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.annotation import Q_ANNOTATION_KEY, is_valid_annotation
-from zeropoint.core.dtypes import INTEGER_DTYPES, plain_dtype
+from zeropoint.core.dtypes import FLOAT8_DTYPES, INTEGER_DTYPES, check_dtype, plain_dtype
 from zeropoint.core.errors import GraphError
 from zeropoint.graph.attributes import Names, get_attribute
-from zeropoint.graph.compat import created_from
+from zeropoint.graph.compat import OpOverload, created_from
 from zeropoint.graph.constants import FLOAT_PATH_KEY, constant_nodes, evaluate
 from zeropoint.graph.emit import Fakes, complete_values, inherit
 from zeropoint.graph.graph_pass import bodies, graph_pass
+from zeropoint.graph.source import describe
 from zeropoint.numerics import ops
 from zeropoint.numerics.scratch import LateWrites
 from zeropoint.passes.qparams_of import QParams, observe_constant, observer_of, qparams_of
 from zeropoint.passes.run_time import PASS, check_run_time, out_dtype, quantize_at_run_time, to_half_and_back
 
-FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
 Known = Callable[[GraphModule], dict[int, QParams]]
 
 
@@ -44,6 +44,7 @@ def convert(
 
     Raises:
         CalibrationError: an observer saw no data.
+        SpecError: nothing can be quantized as an observer says.
     """
     _Converter(model, fold_constants, writes).run(known)
 
@@ -65,6 +66,7 @@ class _Converter:
         calls = [(node, observer) for node, observer in calls if observer is not None]
         others = [(node, observer) for node, observer in calls if not _converts_itself(observer)]
         for node, observer in others:
+            check_dtype(observer.dtype, describe(_observed(node)))
             self._allocate(node, observer)
         self.writes.touch()
         self.qparams |= known(self.model)
@@ -132,12 +134,14 @@ class _Converter:
         return self.qparams[id(observer)]
 
     def _scale_and_zero_point(self, node: Node, qparams: QParams) -> tuple[Any, ...]:
-        """Returns the arguments after the tensor: literals per tensor, buffers per channel."""
+        """Returns the arguments after the tensor: literals per tensor, buffers per channel and per group."""
         limits = (qparams.quant_min, qparams.quant_max, qparams.dtype)
-        if qparams.ch_axis is None:
+        if qparams.ch_axis is None and qparams.group_size is None:
             return (qparams.scale.item(), int(qparams.zero_point.item()), *limits)
         scale = self._buffer(node, "_scale_", qparams.scale)
         zero_point = self._buffer(node, "_zero_point_", qparams.zero_point)
+        if qparams.group_size is not None:
+            return (scale, zero_point, *limits, qparams.group_size)
         return (scale, zero_point, qparams.ch_axis, *limits)
 
     def _buffer(self, node: Node, prefix: str, value: torch.Tensor) -> Node:
@@ -153,7 +157,7 @@ class _Converter:
         return read
 
     def _quantize(self, node: Node, source: Node, qparams: QParams) -> Node:
-        target = ops.QUANTIZE_PER_TENSOR if qparams.ch_axis is None else ops.QUANTIZE_PER_CHANNEL
+        target, _ = _operators(qparams)
         with node.graph.inserting_before(node):
             arguments = self._scale_and_zero_point(node, qparams)
             quantized = node.graph.call_function(target, (source, *arguments))
@@ -187,15 +191,17 @@ class _Converter:
         return integers
 
     def _dequantize_for_readers(self, node: Node, source: Node, quantized: Node, qparams: QParams) -> None:
-        target = ops.DEQUANTIZE_PER_TENSOR if qparams.ch_axis is None else ops.DEQUANTIZE_PER_CHANNEL
+        _, target = _operators(qparams)
         others: Node | None = None
         for reader in list(node.users):
             annotated = is_valid_annotation(reader.meta.get(Q_ANNOTATION_KEY))
             dequantized = None if annotated else others
             if dequantized is None:
                 with node.graph.inserting_before(node):
-                    arguments = self._scale_and_zero_point(node, qparams)
-                    dequantized = node.graph.call_function(target, (quantized, *arguments), out_dtype(source))
+                    arguments, named = self._scale_and_zero_point(node, qparams), out_dtype(source)
+                    if qparams.group_size is not None:  # This operator has no default for the dtype of its result.
+                        arguments, named = (*arguments, named.get("out_dtype", torch.float32)), {}
+                    dequantized = node.graph.call_function(target, (quantized, *arguments), named)
                 self._set_value(dequantized, source, None)
                 inherit(dequantized, reader if annotated else source, PASS)
             others = others if annotated else dequantized
@@ -206,6 +212,15 @@ class _Converter:
         value = source.meta.get("val")
         if isinstance(value, torch.Tensor):
             node.meta["val"] = value if dtype is None else self.fakes.like(value, dtype=dtype)
+
+
+def _operators(qparams: QParams) -> tuple[OpOverload, OpOverload]:
+    """Returns the operators that quantize and dequantize."""
+    if qparams.group_size is not None:
+        return ops.QUANTIZE_PER_CHANNEL_GROUP, ops.DEQUANTIZE_PER_CHANNEL_GROUP
+    if qparams.ch_axis is not None:
+        return ops.QUANTIZE_PER_CHANNEL, ops.DEQUANTIZE_PER_CHANNEL
+    return ops.QUANTIZE_PER_TENSOR, ops.DEQUANTIZE_PER_TENSOR
 
 
 def _observed(node: Node) -> Node:
@@ -220,7 +235,7 @@ def _kind(observer: Any) -> Literal["static", "run time", "half", "float"]:
     dtype = plain_dtype(observer.dtype)
     if dtype == torch.float16:
         return "half"
-    if dtype not in (*INTEGER_DTYPES, *FLOAT8):
+    if dtype not in (*INTEGER_DTYPES, *FLOAT8_DTYPES):
         return "float"
     return "run time" if getattr(observer, "is_dynamic", False) else "static"
 

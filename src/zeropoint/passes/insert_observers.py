@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from zeropoint.core.errors import AnnotationError
+from zeropoint.core.errors import AnnotationError, SpecError
 from zeropoint.graph.attributes import Names, tensors_of
 from zeropoint.graph.bind import Site, reads, replace_read
 from zeropoint.graph.compat import created_from
@@ -22,6 +22,7 @@ from zeropoint.graph.source import describe
 from zeropoint.numerics.fake_quantize import FakeQuantizeBase
 from zeropoint.numerics.observers.repeated import RepeatedObserver
 from zeropoint.passes.make_observers import Observers
+from zeropoint.passes.qparams_of import group_size_of
 
 PREFIX = "activation_post_process_"
 
@@ -36,6 +37,7 @@ def insert_observers(model: GraphModule, observers: Observers, look_again: bool 
 
     Raises:
         AnnotationError: a tensor would be quantized whose memory is written to later, so that the write would be lost.
+        SpecError: a tensor has no groups such as its observer measures.
     """
     _Inserter(model, observers, look_again).run()
 
@@ -56,6 +58,11 @@ class _Inserter:
         self.device = devices.pop() if len(devices) == 1 else None
 
     def run(self) -> None:
+        for site, observer in self.observers.items():
+            group_size = group_size_of(observer)
+            if group_size is not None and site.node.graph is self.model.graph:
+                source = site.node if site.is_output else dict(reads(site.node))[site]
+                _check_groups(source, site, group_size, is_constant=source in self.constants)
         for node in list(self.model.graph.nodes):
             for site, source in list(reads(node)):
                 if site not in self.observers or _writes_to_buffer(site, source):
@@ -128,6 +135,21 @@ class _Inserter:
             only_constants = self.only_constants.get(id(observer), True) and source in self.constants
             self.only_constants[id(observer)] = only_constants
             object.__setattr__(observer, "constant_input", only_constants)
+
+
+def _check_groups(source: Node, site: Site, group_size: int, *, is_constant: bool) -> None:
+    """Raises where ``quantize_per_channel_group`` does not take a tensor: it cuts the rows of a matrix."""
+    where = describe(source) if site.is_output else f"{describe(source)}, read as {site}"
+    if not is_constant:
+        remedy = "Use an observer of the whole tensor, e.g. MinMaxObserver."
+        raise SpecError("it is no constant, and only constants are quantized per group", where=where, remedy=remedy)
+    shape = tuple(source.meta["val"].shape)
+    if len(shape) != 2:
+        what = f"its shape is {shape}, and only matrices are quantized per group"
+        raise SpecError(what, where=where, remedy="Use PerChannelMinMaxObserver for it.")
+    if group_size < 2 or shape[1] % group_size:
+        what = f"group_size={group_size} does not cut its rows of {shape[1]}"
+        raise SpecError(what, where=where, remedy=f"Choose a group_size of at least 2 that divides {shape[1]}.")
 
 
 def _tensors(observer: Any) -> Iterator[torch.Tensor]:

@@ -89,13 +89,25 @@ def _build(group: Group, sources: list[Any], fixed: Callable[..., Any]) -> Any:
             arguments = _arguments(spec, "observer_or_fake_quant_ctr")
             if spec.qscheme in PER_TENSOR or not _is_per_channel(constructor):
                 arguments.pop("ch_axis", None)
-            try:
-                build = constructor.with_args(**arguments) if hasattr(constructor, "with_args") else constructor
-                return build() if build is not constructor else constructor(**arguments)
-            except (TypeError, AssertionError) as error:
-                raise SpecError(f"{constructor} cannot be built: {error}", where=where) from error
+            return _built(constructor, arguments, where)
         case _:
             raise AnnotationError(f"{type(spec).__name__} is no spec that an observer is made from", where=where)
+
+
+def _built(constructor: Any, arguments: dict[str, Any], where: str) -> Any:
+    try:
+        build = constructor.with_args(**arguments) if hasattr(constructor, "with_args") else constructor
+        built = build() if build is not constructor else constructor(**arguments)
+    except SpecError as error:
+        inner = f"{where}: {error.where}" if error.where else where
+        raise SpecError(error.what, where=inner, remedy=error.remedy) from error
+    except (TypeError, AssertionError, NotImplementedError, ValueError) as error:
+        said = ", ".join(f"{name}={value}" for name, value in arguments.items())
+        raise SpecError(f"{constructor} cannot be built with {said}: {error}", where=where) from error
+    if hasattr(built, "calculate_qparams"):
+        return built
+    remedy = "Give the class of an observer or fake quantizer: it has calculate_qparams."
+    raise SpecError(f"{constructor} built a {type(built).__name__}", where=where, remedy=remedy)
 
 
 def _arguments(spec: Any, *left_out: str) -> dict[str, Any]:

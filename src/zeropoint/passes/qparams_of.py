@@ -23,7 +23,10 @@ IN_BLOCKS = (torch.int8, torch.uint8, torch.int16)
 
 @dataclass(frozen=True, eq=False, slots=True)
 class QParams:
-    """What a q/dq pair needs. ``scale`` float32, ``zero_point`` integer; shape ``(1,)``, or ``(channels,)``."""
+    """What a q/dq pair needs. ``scale`` float32, ``zero_point`` integer.
+
+    Shape ``(1,)``, ``(channels,)`` where there is a ``ch_axis``, or ``(rows, groups)`` where there is a ``group_size``.
+    """
 
     scale: torch.Tensor
     zero_point: torch.Tensor
@@ -31,12 +34,15 @@ class QParams:
     quant_max: int
     dtype: torch.dtype
     ch_axis: int | None
+    group_size: int | None = None
 
     def quantize(self, tensor: torch.Tensor, out: torch.Tensor) -> None:
         """Writes the integers of a tensor to ``out``, as the operator that the graph would use gives them."""
         limits = (self.quant_min, self.quant_max, self.dtype)
         tensor = tensor.float()
-        if self.dtype in IN_BLOCKS and not self.zero_point.is_floating_point():
+        if self.group_size is not None:
+            out.copy_(ops.QUANTIZE_PER_CHANNEL_GROUP(tensor, self.scale, self.zero_point, *limits, self.group_size))
+        elif self.dtype in IN_BLOCKS and not self.zero_point.is_floating_point():
             quantize_in_blocks(tensor, self.scale, self.zero_point, self.ch_axis, *limits, out)
         elif self.ch_axis is None:
             out.copy_(ops.QUANTIZE_PER_TENSOR(tensor, self.scale.item(), int(self.zero_point.item()), *limits))
@@ -85,11 +91,13 @@ def qparams_of(observer: Any, node: Node) -> QParams:
         scale, zero_point = observer.calculate_qparams()
     except CalibrationError as error:
         raise CalibrationError(error.what, where=describe(node), remedy=error.remedy) from error
-    scale = torch.as_tensor(scale).detach().reshape(-1).float()
-    zero_point = torch.as_tensor(zero_point).detach().reshape(-1)
+    group_size = group_size_of(observer)
+    shape = (-1,) if group_size is None else torch.as_tensor(scale).shape
+    scale = torch.as_tensor(scale).detach().reshape(shape).float()
+    zero_point = torch.as_tensor(zero_point).detach().reshape(shape)
     smallest, largest = scale.aminmax()
     if not 0 < smallest.item() <= largest.item() < math.inf:
-        what = f"its scale is {scale.tolist()[:4]}"
+        what = f"its scale is {scale.flatten().tolist()[:4]}"
         raise CalibrationError(what, where=describe(node), remedy="Look at the calibration data.")
     low, high = limits_of(observer)
     per_channel = observer.qscheme in PER_CHANNEL
@@ -97,7 +105,13 @@ def qparams_of(observer: Any, node: Node) -> QParams:
         scale, zero_point = scale[:1], zero_point[:1].to(torch.int64)
     elif observer.qscheme != torch.per_channel_affine_float_qparams:
         zero_point = zero_point.to(torch.int64)
-    return QParams(scale, zero_point, low, high, plain_dtype(observer.dtype), observer.ch_axis if per_channel else None)
+    ch_axis = observer.ch_axis if per_channel and group_size is None else None
+    return QParams(scale, zero_point, low, high, plain_dtype(observer.dtype), ch_axis, group_size)
+
+
+def group_size_of(observer: Any) -> int | None:
+    """Returns how many neighbours of a row share a scale, by an observer or a fake quantizer's; None: not per group."""
+    return getattr(getattr(observer, "activation_post_process", observer), "group_size", None)
 
 
 def limits_of(observer: Any) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from zeropoint.graph.bind import argument
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.constants import constant_nodes, evaluate
 from zeropoint.graph.layers import LAYERS
-from zeropoint.passes.qparams_of import QParams, observe_constant, observer_of, qparams_of
+from zeropoint.passes.qparams_of import QParams, group_size_of, observe_constant, observer_of, qparams_of
 
 SMALLEST_DENOMINATOR = 256
 """About the smallest ``q``: larger ones follow a scale more closely, smaller ones stay further from halves."""
@@ -86,4 +86,5 @@ def _observers(model: GraphModule, node: Node) -> tuple[Any, Any, Any] | None:
     found: list[Any] = [observer_of(model, each) if each is not None else None for each in (x, weight, after)]
     if any(each is None or getattr(each, "is_dynamic", False) or each.dtype != torch.int8 for each in found):
         return None
-    return (found[0], found[1], found[2]) if found[1].qscheme in SYMMETRIC else None
+    one_scale_per_output = found[1].qscheme in SYMMETRIC and group_size_of(found[1]) is None
+    return (found[0], found[1], found[2]) if one_scale_per_output else None

@@ -9,8 +9,10 @@ from torch.fx import GraphModule, Node
 from zeropoint.graph.attributes import get_attribute, tensors_of
 from zeropoint.graph.constants import FLOAT_PATH_KEY
 from zeropoint.numerics import ops
-from zeropoint.numerics.granularity import PerAxis
+from zeropoint.numerics.granularity import PerAxis, PerGroup
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
+
+STORED = (ops.DEQUANTIZE_PER_TENSOR, ops.DEQUANTIZE_PER_CHANNEL, ops.DEQUANTIZE_PER_CHANNEL_GROUP)
 
 LARGE_SHARE = 0.5
 """A model whose tensors keep more than this share of their bytes in float did not shrink as int8 should."""
@@ -20,7 +22,7 @@ def quantized_tensors(converted: GraphModule) -> dict[str, QuantizedTensor]:
     """Returns the constants that are stored as integers, by their path in the float model."""
     found: dict[str, QuantizedTensor] = {}
     for node in converted.graph.nodes:
-        if node.target not in (ops.DEQUANTIZE_PER_TENSOR, ops.DEQUANTIZE_PER_CHANNEL):
+        if node.target not in STORED:
             continue
         stored = node.args[0]
         if isinstance(stored, Node) and stored.op == "get_attr":
@@ -35,10 +37,13 @@ def _tensor(converted: GraphModule, dequantize: Node, stored: Node) -> Quantized
     if dequantize.target is ops.DEQUANTIZE_PER_TENSOR:
         _, scale, zero_point, low, high = arguments[:5]
         return QuantizedTensor.from_int_repr(integers, scale, zero_point, quant_min=low, quant_max=high)
-    _, scale, zero_point, axis, low, high = arguments[:6]
-    scales, zero_points = (get_attribute(converted, str(read.target)) for read in (scale, zero_point))
+    scales, zero_points = (get_attribute(converted, str(read.target)) for read in arguments[1:3])
+    if dequantize.target is ops.DEQUANTIZE_PER_CHANNEL:
+        granularity, (low, high) = PerAxis(arguments[3]), arguments[4:6]
+    else:
+        granularity, (low, high) = PerGroup(arguments[6]), arguments[3:5]
     return QuantizedTensor.from_int_repr(
-        integers, scales, zero_points, quant_min=low, quant_max=high, granularity=PerAxis(axis)
+        integers, scales, zero_points, quant_min=low, quant_max=high, granularity=granularity
     )
 
 

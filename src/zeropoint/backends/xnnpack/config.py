@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from zeropoint.core.configs import QuantizationConfig
+from zeropoint.core.errors import SpecError
 from zeropoint.core.policy import BackendPolicy
 from zeropoint.core.specs import QuantizationSpec
 from zeropoint.numerics.fake_quantize import FakeQuantize, FusedMovingAvgObsFakeQuantize
@@ -46,7 +47,7 @@ def get_symmetric_quantization_config(
         weight_qmin, weight_qmax: range of weights; -8 and 7 for 4-bit weights.
 
     Raises:
-        SpecError: a range is empty or does not fit int8.
+        SpecError: a range is empty, does not fit int8, or leaves out 0.
     """
     activation = QuantizationSpec(
         dtype=torch.int8,
@@ -64,7 +65,16 @@ def get_symmetric_quantization_config(
         qscheme=torch.per_channel_symmetric if is_per_channel else torch.per_tensor_symmetric,
         ch_axis=0,
     )
+    _require_zero(act=(act_qmin, act_qmax), weight=(weight_qmin, weight_qmax))
     return QuantizationConfig(activation, None if is_dynamic else activation, weight, None, is_qat)
+
+
+def _require_zero(**ranges: tuple[int, int]) -> None:
+    for role, (low, high) in ranges.items():
+        if not low <= 0 <= high:
+            taken = {"act": "-128 and 127, which the delegate takes", "weight": "-127 and 127, or -8 and 7"}[role]
+            what = f"{role}_qmin={low}, {role}_qmax={high} leaves out 0"
+            raise SpecError(what, where="get_symmetric_quantization_config", remedy=f"Choose {taken}.")
 
 
 def get_default_quantization_config() -> QuantizationConfig:

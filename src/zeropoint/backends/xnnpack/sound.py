@@ -38,6 +38,8 @@ PRODUCTS: dict[Any, str] = {aten.mm.default: "mat2", aten.addmm.default: "mat2",
 MAX_RESCALING = 256
 STATIC_Q, STATIC_DQ = ops.QUANTIZE_PER_TENSOR, ops.DEQUANTIZE_PER_TENSOR
 WEIGHT_DQ = (STATIC_DQ, ops.DEQUANTIZE_PER_CHANNEL)
+GROUPED_DQ = ops.DEQUANTIZE_PER_CHANNEL_GROUP
+DYNAMIC_DQ = (ops.DEQUANTIZE_PER_TENSOR_TENSOR, ops.DEQUANTIZE_PER_TOKEN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,18 @@ def channel_axis_has_a_kernel(model: GraphModule, node: Node) -> tuple[str, str]
     return None
 
 
+def groups_have_a_kernel(model: GraphModule, node: Node) -> tuple[str, str] | None:
+    """Weights with a scale per group: with a static input lowering fails, with a float one the result is garbage."""
+    del model
+    if node.target not in GEMMS or argument(node, "weight").target is not GROUPED_DQ:
+        return None
+    if _input_of(node).target in DYNAMIC_DQ:
+        return None
+    size = argument(node, "weight").args[6]
+    what = f"its weight has a scale for each group of {size}; there is a kernel for inputs quantized at run time only"
+    return what, "Use PerChannelMinMaxObserver for its weight, or a dynamic configuration."
+
+
 def bias_is_float(model: GraphModule, node: Node) -> tuple[str, str] | None:
     """The delegate quantizes the bias itself."""
     del model
@@ -211,7 +225,7 @@ def factors_are_float(model: GraphModule, node: Node) -> tuple[str, str] | None:
     """A product with a dequantized matrix that is no layer is computed without the dequantize."""
     del model
     right = argument(node, PRODUCTS[node.target]) if node.target in PRODUCTS else None
-    if right is None or right.target not in WEIGHT_DQ or right.meta["val"].dim() != 2:
+    if right is None or right.target not in (*WEIGHT_DQ, GROUPED_DQ) or right.meta["val"].dim() != 2:
         return None
     what = f"it multiplies by the dequantized matrix {right.name}"
     return what, "Leave its inputs float; a product with a constant matrix is a linear layer: aten.linear."
@@ -246,8 +260,8 @@ SIZE_RULES: tuple[Rule, ...] = (batch_of_mean_is_known,)
 """What depends on the sizes that lowering leaves free: checked on the program that is lowered."""
 RULES: tuple[Rule, ...] = (
     has_a_kernel, activations_are_int8, factors_are_float, output_is_quantized, input_is_quantized, weight_is_stored,
-    weight_is_symmetric, channel_axis_has_a_kernel, bias_is_float, bias_fits_int32, rescaling_is_below_256,
-    scales_are_equal, *SIZE_RULES,
+    weight_is_symmetric, channel_axis_has_a_kernel, groups_have_a_kernel, bias_is_float, bias_fits_int32,
+    rescaling_is_below_256, scales_are_equal, *SIZE_RULES,
 )  # fmt: skip
 
 

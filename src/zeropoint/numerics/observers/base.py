@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from zeropoint.core.dtypes import checked_range
+from zeropoint.core.arguments import require_bool
+from zeropoint.core.dtypes import check_dtype, checked_range
 from zeropoint.core.errors import CalibrationError, NonFiniteError, SpecError
 from zeropoint.core.specs import PER_CHANNEL, PER_TENSOR, SYMMETRIC
 from zeropoint.numerics.qparams import FLOAT32_EPS, choose_float_qparams, choose_qparams, symmetric_zero_point
@@ -91,12 +92,16 @@ class ObserverBase(WithArgs, torch.nn.Module):
         batches: how many tensors went into the statistics.
         constant_input: the tensor is a constant of the model: it is observed once, and again, from nothing, only after
             it was changed.
+
+    Raises:
+        SpecError: nothing can be quantized to ``dtype``.
     """
 
     def __init__(self, dtype: torch.dtype, is_dynamic: bool = False) -> None:
         super().__init__()
+        check_dtype(dtype, type(self).__name__)
         self.dtype = dtype
-        self.is_dynamic = is_dynamic
+        self.is_dynamic = require_bool("is_dynamic", is_dynamic, type(self).__name__)
         self.site = ""
         self.batches = 0
         self.constant_input = False

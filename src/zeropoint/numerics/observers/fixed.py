@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
+from zeropoint.core.arguments import require_integer, require_positive
 from zeropoint.core.errors import SpecError
 from zeropoint.core.specs import PER_TENSOR
 from zeropoint.numerics.observers.base import UniformQuantizationObserverBase
@@ -32,9 +32,8 @@ class FixedQParamsObserver(UniformQuantizationObserverBase):
     def __init__(self, scale: float, zero_point: int, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         where = type(self).__name__
-        if not (math.isfinite(scale) and scale > 0):
-            raise SpecError(f"scale={scale} is not positive and finite", where=where)
-        if not self.quant_min <= zero_point <= self.quant_max:
+        require_positive("scale", scale, where)
+        if not self.quant_min <= require_integer("zero_point", zero_point, where) <= self.quant_max:
             remedy = f"Choose one in {self.quant_min}..{self.quant_max}."
             raise SpecError(f"zero_point={zero_point} is outside of the range", where=where, remedy=remedy)
         self.register_buffer("eps", self.eps, persistent=False)  # no smallest scale: it is not part of the state

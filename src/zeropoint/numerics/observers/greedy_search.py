@@ -105,13 +105,21 @@ def _cells_of(places: NDArray[np.float32], width: NDArray[np.float32], cells: in
     return np.clip(np.floor(quotients, out=quotients), 0, cells - 1).astype(np.float32)
 
 
-def greedy_bins(histogram: torch.Tensor, bin_width: float, cells: int) -> tuple[int, int]:
-    """Returns the first and the last bin of the range that the search ends with."""
+def greedy_bins(histogram: torch.Tensor, bin_width: float, cells: int) -> tuple[int, int] | None:
+    """Returns the first and the last bin of the range that the search ends with.
+
+    None where float32 cannot hold the errors that it compares, cubes of the values: NaN and infinity never end it, nor
+    does 0, so that it would run to the end and keep next to nothing.
+    """
     chosen, least = (0, len(histogram) - 1), float("inf")
     path = quantile_path(histogram)
     while bin_width > 0 and (ranges := list(itertools.islice(path, AT_ONCE))):
-        for ends, error in zip(ranges, cell_errors(histogram.numpy(), bin_width, ranges, cells), strict=True):
+        with np.errstate(all="ignore"):
+            errors = cell_errors(histogram.numpy(), bin_width, ranges, cells).tolist()
+        for ends, error in zip(ranges, errors, strict=True):
             if error > least:
                 return chosen
+            if not 0 < error < float("inf"):
+                return None
             chosen, least = ends, error
     return chosen

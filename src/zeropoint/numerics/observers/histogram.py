@@ -32,6 +32,10 @@ EXACT_COUNT = 2**24
 """Other devices count one by one in float32, which is exact up to here; larger tensors are counted in parts."""
 
 FLOAT32 = torch.finfo(torch.float32)
+
+SHRINK = 2.0**-32
+"""What wide ranges are multiplied by before their values are counted: a power of 2, so that nothing is rounded."""
+
 Range = tuple[torch.Tensor, torch.Tensor]
 Counts = np.ndarray[tuple[int, int], np.dtype[np.int64]]
 
@@ -128,7 +132,8 @@ class HistogramObserver(StreamingHistogram):
     Integers that fill their dtype: the field's greedy search, equal to torchao's HistogramObserver to the last bit.
     Fewer integers, e.g. 4 bits held in int8: the range of least error, as MSEObserver has it. (torchao's search lays
     2**bits(dtype) cells whatever quant_min and quant_max are, so it clips too little; and a greedy search with few
-    cells often stops at its first step.)
+    cells often stops at its first step.) The same where the errors that the greedy search compares overflow float32,
+    as they do for values from some 1e10 (with far outliers) or 1e14 on: torchao clips nearly all of such data.
 
     Arguments and errors as in StreamingHistogram.
     """
@@ -137,27 +142,32 @@ class HistogramObserver(StreamingHistogram):
         low, high = integer_range(self.dtype)
         if torch.maximum(-self.min_val, self.max_val).item() < self.eps.item() / 2:
             return self.min_val, self.max_val  # Every range within it gets the scale eps, and no steps of zero point.
-        if (self.quant_min, self.quant_max) == (low, high):
-            return self._greedy_range(high - low + 1)
-        return self.least_error_range()
+        fills_dtype = (self.quant_min, self.quant_max) == (low, high)
+        greedy = self._greedy_range(high - low + 1) if fills_dtype else None
+        return self.least_error_range() if greedy is None else greedy
 
-    def _greedy_range(self, levels: int) -> Range:
+    def _greedy_range(self, levels: int) -> Range | None:
         width = (self.max_val.item() - self.min_val.item()) / self.bins
-        start, end = greedy_bins(self.histogram.float().cpu(), width, levels)
+        chosen = greedy_bins(self.histogram.float().cpu(), width, levels)
+        if chosen is None:
+            return None
         bin_width = (self.max_val - self.min_val) / self.bins
-        return self.min_val + bin_width * start, self.min_val + bin_width * (end + 1)
+        return self.min_val + bin_width * chosen[0], self.min_val + bin_width * (chosen[1] + 1)
 
 
 def count(x: torch.Tensor, bins: int, low: float, high: float) -> torch.Tensor:
     """Returns how many values of float32 ``x``, all within ``low..high``, fall into each bin: ``(bins,)``, float32.
 
     The bins are those of ``torch.histc``, ``(x - low) * bins / (high - low)`` in float32, the last with ``high`` in it.
-    That function takes three times as long for a large tensor on a CPU; it is left the ranges that overflow, or whose
-    bins are no normal numbers.
+    That function takes three times as long for a large tensor on a CPU; it is left the ranges whose bins are no normal
+    numbers. Where the product would overflow, and ``torch.histc`` puts nearly all values into an outer bin, the values
+    are made smaller first.
     """
     if low == high:
         return torch.histc(x.flatten()[:1], bins, min=low, max=high) * x.numel()
-    if x.device.type == "cpu" and x.numel() >= LARGE and FLOAT32.tiny * bins <= high - low <= FLOAT32.max / bins:
+    if high - low > FLOAT32.max / bins:
+        return count(x * SHRINK, bins, low * SHRINK, high * SHRINK)
+    if x.device.type == "cpu" and x.numel() >= LARGE and high - low >= FLOAT32.tiny * bins:
         return _count_in_pieces(x.flatten(), bins, low, high)
     parts = [torch.histc(part, bins, min=low, max=high) for part in x.flatten().split(EXACT_COUNT)]
     return torch.stack(parts).sum(0)
@@ -206,8 +216,7 @@ def moved(histogram: torch.Tensor, before: tuple[float, float], after: tuple[flo
     """
     bins = len(histogram)
     if before[0] == before[1]:
-        value = histogram.new_tensor([before[0]])
-        return torch.histc(value, bins, min=after[0], max=after[1]) * histogram.sum()
+        return count(histogram.new_tensor([before[0]]), bins, *after) * histogram.sum()
     parts = histogram.repeat_interleave(UPSAMPLE_RATE) / UPSAMPLE_RATE
     ends = histogram.new_tensor(before)
     half = 0.5 * ((ends[1] - ends[0]) / len(parts))

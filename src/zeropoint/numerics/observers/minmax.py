@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from zeropoint.core.arguments import require_integer
 from zeropoint.core.errors import CalibrationError, SpecError
 from zeropoint.core.specs import PER_CHANNEL, PER_TENSOR
 from zeropoint.numerics.observers.base import UniformQuantizationObserverBase, in_memory_order
@@ -136,7 +137,7 @@ class PerChannelMinMaxObserver(_ManyRanges):
 
     def __init__(self, ch_axis: int | None = 0, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.ch_axis = 0 if ch_axis is None else ch_axis
+        self.ch_axis = 0 if ch_axis is None else require_integer("ch_axis", ch_axis, type(self).__name__)
 
     def batch_range(self, x: torch.Tensor) -> Range:
         blocks = channel_blocks(x, self.ch_axis, self.where)
@@ -159,7 +160,7 @@ class PerGroupMinMaxObserver(_ManyRanges):
 
     def __init__(self, group_size: int = 128, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        if group_size < 1:
+        if require_integer("group_size", group_size, type(self).__name__) < 1:
             what = f"group_size={group_size} is no number of values"
             raise SpecError(what, where=type(self).__name__, remedy="Choose group_size >= 1.")
         self.group_size = group_size

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from zeropoint.core.arguments import require_integer
 from zeropoint.core.errors import SpecError
 from zeropoint.core.specs import PER_CHANNEL
 from zeropoint.numerics.observers.base import UniformQuantizationObserverBase
@@ -52,7 +53,7 @@ class PerChannelMSEObserver(UniformQuantizationObserverBase):
         if bins < 1:
             raise SpecError(f"bins={bins}", where=type(self).__name__, remedy="Choose bins >= 1.")
         super().__init__(*args, **settings)
-        self.ch_axis = 0 if ch_axis is None else ch_axis
+        self.ch_axis = 0 if ch_axis is None else require_integer("ch_axis", ch_axis, type(self).__name__)
         self.bins = bins
 
     def _register_statistics(self, factory: dict[str, Any]) -> None:

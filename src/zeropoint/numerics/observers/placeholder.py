@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from zeropoint.core.dtypes import INTEGER_DTYPES, checked_range, plain_dtype
 from zeropoint.core.errors import CalibrationError, SpecError
 from zeropoint.core.specs import PER_CHANNEL, PER_TENSOR
 from zeropoint.numerics.observers.base import SPEC_KEYWORDS, ObserverBase
@@ -27,6 +28,9 @@ class PlaceholderObserver(ObserverBase):
         quant_min, quant_max, qscheme, eps: what the dynamic quantization will use; None: the dtype's whole range,
             ``torch.per_tensor_affine``, float32 epsilon.
         spec: other keywords of a quantization spec, not used here.
+
+    Raises:
+        SpecError: nothing can be quantized to ``dtype``, or not within the range or by the scheme.
     """
 
     def __init__(
@@ -46,6 +50,8 @@ class PlaceholderObserver(ObserverBase):
         self.qscheme = torch.per_tensor_affine if qscheme is None else qscheme
         if self.qscheme not in PER_TENSOR + PER_CHANNEL:
             raise SpecError(f"qscheme={qscheme!r} is unknown", where=type(self).__name__)
+        if plain_dtype(dtype) in INTEGER_DTYPES:
+            checked_range(dtype, quant_min, quant_max)
         self.quant_min, self.quant_max = quant_min, quant_max
         self.eps = FLOAT32_EPS if eps is None else eps
         self.custom_op = custom_op_name
