@@ -331,3 +331,22 @@ def test_inputs_of_every_kind_run(monkeypatch):
     x = torch.randn(1, 3, 8, 8).to(memory_format=torch.channels_last)
     result = zp.quantize(Kinds(), ({"x": x}, 2), [({"x": x}, 2)])
     assert result.runtime_sqnr_db >= 55
+
+
+class Picks(nn.Module):
+    """Returns the index of the largest score, and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 16)
+
+    def forward(self, x, offset):
+        return self.layer(x if offset is None else x + offset).argmax(1)
+
+
+def test_a_model_that_returns_integers_of_optional_inputs():
+    data = [(torch.randn(32, 8), None) for _ in range(2)]
+    result = zp.quantize(Picks(), data[0], data)
+    assert result.verification is not None
+    assert result.runtime_sqnr_db == result.verification.sqnr_db >= 30
+    assert "outputs   against float no float output; file against converted model: " in str(result)

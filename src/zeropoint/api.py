@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from zeropoint.report.speed import speed_note, work_of
 from zeropoint.report.stages import Stages
 from zeropoint.report.summary import bias_lines, coverage_lines, decibels, size_line
 from zeropoint.report.tensors import float_weight_lines, quantized_tensors
+from zeropoint.runtime.verify import Verification
 from zeropoint.runtime.verify import verify as verify_file
 from zeropoint.workflow import convert_pt2e, prepare_pt2e
 
@@ -54,8 +56,9 @@ class QuantizedModel:
         record: coverage, sizes and biases.
         delegates: pieces of the model that run on the backend; one is best.
         outside: operators left outside of it, with how often.
-        float_sqnr_db: lowest SQNR of an output of the converted model against the float model, in dB.
-        runtime_sqnr_db: lowest SQNR of an output of the file against the converted model, in dB; None: not verified.
+        float_sqnr_db: lowest SQNR of a float output of the converted model against the float model, in dB; NaN
+            where all outputs are integers.
+        verification: how the file compares with the converted model on the runtime; None: not verified.
         stages_s: seconds that each stage took.
         free: the largest size of each axis of an input that is free in the file, by ``input[axis]``.
     """
@@ -66,7 +69,7 @@ class QuantizedModel:
     delegates: int
     outside: tuple[tuple[str, int], ...]
     float_sqnr_db: float
-    runtime_sqnr_db: float | None
+    verification: Verification | None
     stages_s: dict[str, float]
     free: tuple[tuple[str, int], ...] = ()
 
@@ -74,6 +77,11 @@ class QuantizedModel:
     def coverage(self) -> tuple[CoverageRow, ...]:
         """One row per compute node: integer, or float with the reason."""
         return self.record.coverage
+
+    @property
+    def runtime_sqnr_db(self) -> float | None:
+        """Lowest SQNR of a float output of the file against the converted model, in dB; None: not verified."""
+        return None if self.verification is None else self.verification.sqnr_db
 
     def speed_note(self) -> str:
         """Returns why int8 may not be faster than float on this processor; empty where nothing speaks against it."""
@@ -93,7 +101,7 @@ class QuantizedModel:
 
     def __str__(self) -> str:
         left = ", ".join(f"{name} {count}" for name, count in self.outside) or "nothing"
-        file = "not verified" if self.runtime_sqnr_db is None else f"{decibels(self.runtime_sqnr_db)} on the runtime"
+        file = "not verified" if self.verification is None else f"{_agreement(self.verification)} on the runtime"
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.stages_s.items())
         speed = [f"speed     {note}"] if (note := self.speed_note()) else []
         free = [f"sizes     free up to {', '.join(f'{axis} {end}' for axis, end in self.free)}"] if self.free else []
@@ -169,10 +177,10 @@ def quantize(
         lowered = xnnpack.lower_program(converted, example_inputs)
     with stages.stage("verify"):
         compared = data.kept[:COMPARED_BATCHES]
-        runtime_sqnr = verify_file(lowered.pte, converted, compared, xnnpack.lower).sqnr_db if verify else None
+        verification = verify_file(lowered.pte, converted, compared, xnnpack.lower) if verify else None
         float_sqnr = min(_compare(float_model, converted, inputs) for inputs in compared)
     return QuantizedModel(
-        converted, lowered.pte, record_of(converted), lowered.delegates, lowered.outside, float_sqnr, runtime_sqnr,
+        converted, lowered.pte, record_of(converted), lowered.delegates, lowered.outside, float_sqnr, verification,
         dict(stages.seconds), lowered.free,
     )  # fmt: skip
 
@@ -223,4 +231,14 @@ def _require_quantized(prepared: GraphModule) -> None:
 @torch.no_grad()
 def _compare(reference: GraphModule, model: GraphModule, inputs: tuple[Any, ...]) -> float:
     pairs = zip(pytree.tree_leaves(reference(*inputs)), pytree.tree_leaves(model(*inputs)), strict=True)
-    return min(sqnr_db(expected, actual) for expected, actual in pairs if isinstance(expected, torch.Tensor))
+    return min((sqnr_db(e, a) for e, a in pairs if _is_float(e)), default=math.nan)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _agreement(verification: Verification) -> str:
+    notes = ", no value further than one step" if verification.within_one_step else ""
+    ties = "" if verification.integers_equal else ", integers but for ties"
+    return f"{decibels(verification.sqnr_db)}{notes}{ties}"

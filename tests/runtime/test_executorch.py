@@ -16,7 +16,7 @@ from tests.backends.q_dq import qd
 from zeropoint.backends.xnnpack import lower_float
 from zeropoint.core.errors import FileError, MissingExtraError, RuntimeFailure
 from zeropoint.numerics.sqnr import sqnr_db
-from zeropoint.runtime.child import load_tensors, load_values, run_in_child, save_values
+from zeropoint.runtime.child import load_values, run_in_child, save_values
 from zeropoint.runtime.executorch import Program
 
 INPUTS = (torch.arange(6.0).reshape(2, 3),)
@@ -126,13 +126,18 @@ def test_child_out_of_time(pte: bytes):
 
 def test_values_on_disk(tmp_path: Path):
     path = tmp_path / "values.npz"
-    save_values(
-        path, (torch.tensor([True, False]), torch.arange(3), torch.ones(2).bfloat16(), torch.zeros(2, 0), 2.5, 3)
-    )
-    found = load_tensors(path)
-    assert [tensor.dtype for tensor in found[:4]] == [torch.bool, torch.int64, torch.float32, torch.float32]
-    assert found[3].shape == (2, 0)
-    assert load_values(path)[4:] == [2.5, 3]
+    tensors = (torch.tensor([True, False]), torch.arange(3), torch.ones(2).bfloat16(), torch.zeros(2, 0))
+    save_values(path, (None, *tensors[:2], 2.5, *tensors[2:], 3, True, math.inf, torch.tensor(4)))
+    none, flags, integers, number, halves, empty, *rest, last = load_values(path)
+    assert [t.dtype for t in (flags, integers, halves, empty)] == [
+        torch.bool,
+        torch.int64,
+        torch.float32,
+        torch.float32,
+    ]
+    assert (none, number, rest) == (None, 2.5, [3, True, math.inf])
+    assert empty.shape == (2, 0)
+    assert torch.equal(last, torch.tensor(4))
 
 
 @pytest.fixture
@@ -172,3 +177,13 @@ def test_sqnr():
     assert sqnr_db(reference, torch.tensor([math.nan, 4.0])) == -math.inf
     assert sqnr_db(reference, torch.tensor([3.0, math.inf])) == -math.inf
     assert sqnr_db(torch.arange(4), torch.tensor([0, 1, 2, 4])) == pytest.approx(10 * math.log10(14))
+
+
+def test_sqnr_of_values_that_are_not_finite():
+    odd = torch.tensor([3.0, -math.inf, 4.0, math.inf, math.nan])
+    assert sqnr_db(odd, odd.clone()) == math.inf
+    near = torch.tensor([3.0, -math.inf, 4.5, math.inf, math.nan])
+    assert sqnr_db(odd, near) == pytest.approx(10 * math.log10(25 / 0.25))
+    assert sqnr_db(odd, -odd) == -math.inf
+    assert sqnr_db(odd, torch.zeros(5)) == -math.inf
+    assert sqnr_db(torch.zeros(2), torch.tensor([0.0, math.nan])) == -math.inf

@@ -46,7 +46,9 @@ def size_line(float_bytes: int, integer_bytes: int, unit: str) -> str:
 
 
 def decibels(value: float) -> str:
-    """Returns a ratio in dB as text; equal tensors have no finite one."""
+    """Returns a ratio in dB as text; equal tensors have no finite one, and without tensors there is none."""
+    if math.isnan(value):
+        return "no float output"
     return "equal bit for bit" if value == math.inf else f"{value:.1f} dB"
 
 

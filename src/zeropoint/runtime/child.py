@@ -24,12 +24,14 @@ NOISE = "[cpuinfo_utils"
 Batches = Sequence[tuple[Any, ...]]
 
 
-def run_in_child(pte: bytes, batches: Batches, *, timeout: float = 600.0) -> list[tuple[torch.Tensor, ...]]:
+def run_in_child(pte: bytes, batches: Batches, *, timeout: float = 600.0) -> list[tuple[Any, ...]]:
     """Returns the outputs of a program for each tuple of inputs, computed in a child process.
+
+    Outputs are flat: tensors, numbers and None in the order of the model's.
 
     Args:
         pte: the bytes of the file.
-        batches: positional inputs of each call; tensors, numbers as they are.
+        batches: positional inputs of each call: tensors, numbers and None, in tuples, lists and dictionaries.
         timeout: seconds after which the child is ended.
 
     Raises:
@@ -40,7 +42,7 @@ def run_in_child(pte: bytes, batches: Batches, *, timeout: float = 600.0) -> lis
         for i, inputs in enumerate(batches):
             save_values(Path(folder, f"in{i}.npz"), pytree.tree_leaves(inputs))
         _run(folder, len(batches), timeout)
-        return [load_tensors(Path(folder, f"out{i}.npz")) for i in range(len(batches))]
+        return [tuple(load_values(Path(folder, f"out{i}.npz"))) for i in range(len(batches))]
 
 
 def _run(folder: str, count: int, timeout: float) -> None:
@@ -68,24 +70,20 @@ def _environment() -> dict[str, str]:
 
 
 def save_values(path: Path, values: Sequence[Any]) -> None:
-    """Writes tensors as arrays of one file, bfloat16 as float32, and beside it which values are plain numbers."""
-    arrays = [torch.as_tensor(value).detach().cpu() for value in values]
-    plain = [a.float() if a.dtype == torch.bfloat16 else a for a in arrays]
-    np.savez(path, *[a.contiguous().numpy() for a in plain])
-    numbers = [None if isinstance(value, torch.Tensor) else value for value in values]
-    path.with_suffix(".json").write_text(json.dumps(numbers))
-
-
-def load_tensors(path: Path) -> tuple[torch.Tensor, ...]:
-    """Returns what ``save_values`` wrote, all as tensors; nothing is unpickled."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return tuple(torch.from_numpy(arrays[f"arr_{i}"]) for i in range(len(arrays.files)))
+    """Writes tensors as arrays of one file, bfloat16 as float32, and beside it numbers, None and where each stands."""
+    tensors = [value.detach().cpu() for value in values if isinstance(value, torch.Tensor)]
+    plain = [t.float() if t.dtype == torch.bfloat16 else t for t in tensors]
+    np.savez(path, *[t.contiguous().numpy() for t in plain])
+    others = [[] if isinstance(value, torch.Tensor) else [value] for value in values]
+    path.with_suffix(".json").write_text(json.dumps(others))
 
 
 def load_values(path: Path) -> list[Any]:
-    """Returns what ``save_values`` wrote, numbers as numbers."""
-    numbers = json.loads(path.with_suffix(".json").read_text())
-    return [t if n is None else n for t, n in zip(load_tensors(path), numbers, strict=True)]
+    """Returns what ``save_values`` wrote, each as what it was; nothing is unpickled."""
+    with np.load(path, allow_pickle=False) as arrays:
+        tensors = iter([torch.from_numpy(arrays[f"arr_{i}"]) for i in range(len(arrays.files))])
+    others: list[list[Any]] = json.loads(path.with_suffix(".json").read_text())
+    return [other[0] if other else next(tensors) for other in others]
 
 
 def main(folder: str, count: str) -> None:
@@ -96,6 +94,6 @@ def main(folder: str, count: str) -> None:
         program = Program.load(Path(folder, "model.pte"))
         for i in range(int(count)):
             outputs = program(*load_values(Path(folder, f"in{i}.npz")))
-            save_values(Path(folder, f"out{i}.npz"), [value for value in outputs if value is not None])
+            save_values(Path(folder, f"out{i}.npz"), outputs)
     except ZeropointError as error:
         sys.exit(str(error))

@@ -2,136 +2,224 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from zeropoint.core.errors import RuntimeFailure, VerificationError
-from zeropoint.graph.chains import sole_reader
-from zeropoint.graph.graph_pass import remove_dead_code
+from zeropoint.core.errors import CalibrationError, RuntimeFailure, VerificationError
 from zeropoint.graph.source import describe
 from zeropoint.numerics import ops
-from zeropoint.numerics.sqnr import sqnr_db
+from zeropoint.runtime.agreement import FLOOR_DB, Agreement, agreements
+from zeropoint.runtime.beginnings import beginning, first_place, output_quantize, places
 from zeropoint.runtime.child import Batches, run_in_child
+from zeropoint.runtime.executorch import check_identifier
 
-FLOOR_DB = 30.0
-"""Below it a file does not compute its model: rounding alone leaves 40 dB and more."""
-
-aten = torch.ops.aten
-FUSED = (
-    aten.relu.default, aten.relu_.default, aten.relu6.default, aten.hardtanh.default, aten.hardtanh_.default,
-    aten.clamp.default,
-)  # fmt: skip
-"""Activations that a backend may compute with the layer before them: the two are not cut apart."""
-Q_AND_DQ = (*ops.QUANTIZE_OPS, *ops.DEQUANTIZE_OPS)
+UNEQUAL = 0.01
+"""The share of integers that may differ from what a part's values give: it is not rounded quite like the whole."""
 Lower = Callable[[GraphModule, tuple[Any, ...]], bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """How a file compares with its converted model: the lowest SQNR of any output over all inputs, in dB."""
+    """How a file compares with its converted model, over all inputs.
+
+    Args:
+        sqnr_db: the lowest SQNR of a float output, in dB; infinite where all are equal, or there is none.
+        within_one_step: each output below 30 dB comes straight from a dequantize, and no value of it is further than
+            one quantization step away: values halfway between two steps were rounded to the other one.
+        integers_equal: all outputs of integers and booleans are equal. Where not, what they are computed from was
+            verified in their place.
+        batches: how many inputs were compared.
+    """
 
     sqnr_db: float
+    within_one_step: bool
+    integers_equal: bool
     batches: int
 
 
 def verify(pte: bytes, converted: GraphModule, batches: Batches, lower: Lower) -> Verification:
     """Returns how the file's outputs compare with the converted model's.
 
+    A float output is right from 30 dB on, or when it is dequantized and no value is further than one step away.
+    Integers and booleans are right when they are equal; and also when the float values that they are computed from are
+    right, and they are what these values give, since an argmax may find the other one of two scores a step apart.
+
     Args:
         pte: the bytes of the file.
         converted: the model that it was lowered from.
-        batches: inputs to compare on.
+        batches: inputs to compare on: tensors, numbers and None, in tuples, lists and dictionaries.
         lower: makes a file of a part of the model, to find the first operator that differs.
 
     Raises:
-        VerificationError: the outputs differ by less than 30 dB; names the first operator that does.
-        RuntimeFailure: the file does not run.
+        VerificationError: an output is not right; names the first operator whose result is not.
+        RuntimeFailure: the file does not run; says the runtime's words, and the first operator with which it does not.
+        FileError: the bytes are not those of a ``.pte`` file.
     """
-    actual = run_in_child(pte, batches)
-    lowest = min(_sqnr(converted, inputs, outputs) for inputs, outputs in zip(batches, actual, strict=True))
-    if lowest >= FLOOR_DB:
-        return Verification(lowest, len(batches))
-    culprit = first_bad_operator(converted, batches[0], lower)
-    where = describe(culprit) if culprit is not None else "output"
-    what = f"the file's results agree with the converted model's by {lowest:.1f} dB only (at least {FLOOR_DB:g} wanted)"
-    remedy = f"The first operator that differs is {where}: leave it float (set_module_name or set_operator_type None)."
-    raise VerificationError(what, where=where, remedy=remedy)
-
-
-@torch.no_grad()
-def _sqnr(model: GraphModule, inputs: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> float:
-    expected = [x for x in pytree.tree_leaves(model(*inputs)) if isinstance(x, torch.Tensor)]
-    if len(expected) != len(outputs):
-        return -math.inf
-    return min((sqnr_db(e, a) for e, a in zip(expected, outputs, strict=True)), default=math.inf)
-
-
-def first_bad_operator(converted: GraphModule, inputs: tuple[Any, ...], lower: Lower) -> Node | None:
-    """Returns the first operator whose result the file gets wrong, by bisection over the beginnings of the graph."""
-    places = [node for node in converted.graph.nodes if _is_place(node)]
-    low, high = 0, len(places)
-    while low < high:
-        middle = (low + high) // 2
-        if _begins_well(converted, places[middle], inputs, lower):
-            low = middle + 1
-        else:
-            high = middle
-    return places[low] if low < len(places) else None
-
-
-def _is_place(node: Node) -> bool:
-    """True for operators after which the graph can be cut: not between a layer and what is fused into it."""
-    if node.op != "call_function" or node.target in Q_AND_DQ or not isinstance(node.meta.get("val"), torch.Tensor):
-        return False
-    if any(source.target in ops.DEQUANTIZE_OPS for source in node.all_input_nodes) and _quantized(node) is None:
-        following = sole_reader(node)
-        return following is None or following.target not in FUSED or _quantized(following) is None
-    return bool(node.all_input_nodes)
-
-
-def _quantized(node: Node) -> Node | None:
-    """Returns the quantize that is the node's only reader."""
-    reader = sole_reader(node)
-    return reader if reader is not None and reader.target is ops.QUANTIZE_PER_TENSOR else None
-
-
-def _begins_well(converted: GraphModule, place: Node, inputs: tuple[Any, ...], lower: Lower) -> bool:
-    part = beginning(converted, place.name)
+    check_identifier(pte, "verify")
     try:
-        outputs = run_in_child(lower(part, inputs), [inputs])[0]
-    except (RuntimeFailure, AssertionError, RuntimeError):
-        return False
-    return _sqnr(part, inputs, outputs) >= FLOOR_DB
+        actual = run_in_child(pte, batches)
+    except RuntimeFailure as failure:
+        named = _failure(failure, converted, batches[0], lower)
+        if named is None:
+            raise
+        raise named from failure
+    integers_equal, lowest = True, math.inf
+    for inputs, outputs in zip(batches, actual, strict=True):
+        for found in agreements(converted, inputs, outputs):
+            integers_equal = integers_equal and (found.is_right or not found.discrete)
+            for each in _settled(found, converted, inputs, lower):
+                lowest = min(lowest, each.sqnr_db)
+                if not each.is_right:
+                    raise _disagreement(each, converted, inputs, lower)
+    return Verification(lowest, lowest < FLOOR_DB, integers_equal, len(batches))
 
 
-def beginning(converted: GraphModule, name: str) -> GraphModule:
-    """Returns a copy of the model that ends with the node of that name; with its q/dq where it has one."""
-    part = copy.deepcopy(converted)
-    graph = part.graph
-    result = next(node for node in graph.nodes if node.name == name)
-    output = next(node for node in graph.nodes if node.op == "output")
-    quantize = _quantized(result)
-    if quantize is not None:
-        with graph.inserting_before(output):
-            dequantized = graph.call_function(ops.DEQUANTIZE_PER_TENSOR, (quantize, *quantize.args[1:]))
-        dequantized.meta["val"] = result.meta["val"]
-        result = dequantized
-    output.args = ((result,),)
-    remove_dead_code(graph)
-    _one_output(part)
-    return GraphModule(part, graph)
+# -- integers --------------------------------------------------------------------------------------------------------
 
 
-def _one_output(model: GraphModule) -> None:
-    """Makes the graph's output convention that of a tuple of one tensor."""
-    codegen: Any = model.graph._codegen
-    if hasattr(codegen, "pytree_info"):
-        leaf = pytree.tree_structure((torch.empty(0),))
-        codegen.pytree_info = codegen.pytree_info._replace(out_spec=leaf)
+def _settled(found: Agreement, converted: GraphModule, inputs: tuple[Any, ...], lower: Lower) -> Iterator[Agreement]:
+    """Yields how an output agrees; of integers that differ, how the float values do that they are computed from."""
+    node = found.node if found.discrete and not found.is_right else None
+    sources = _float_sources(node) if node is not None else []
+    part = beginning(converted, [source.name for source in sources])
+    values = _values(part, inputs, lower) if sources else None
+    if node is None or values is None:
+        yield found
+        return
+    for source, each in zip(sources, agreements(part, inputs, values), strict=True):
+        yield replace(each, node=source)
+    given = _From(converted, dict(zip(sources, values, strict=True))).result(node, inputs)
+    if given.shape != found.actual.shape or int((given != found.actual).sum()) > max(1, UNEQUAL * given.numel()):
+        yield found
+
+
+def _float_sources(node: Node) -> list[Node]:
+    """Returns the float tensors that integers are computed from, inputs and constants left out."""
+    found: dict[Node, None] = {}
+    seen: set[Node] = set()
+    waiting = list(node.all_input_nodes)
+    while waiting:
+        current = waiting.pop()
+        if current in seen or current.op != "call_function":
+            continue
+        seen.add(current)
+        value = current.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            found[current] = None
+        else:
+            waiting.extend(current.all_input_nodes)
+    return list(found)
+
+
+class _From(Interpreter):
+    """Runs a graph with the values of some nodes given."""
+
+    def __init__(self, model: GraphModule, given: Mapping[Node, torch.Tensor]) -> None:
+        super().__init__(model)
+        self._given = given
+        self._wanted: Node | None = None
+        self._result: Any = None
+
+    def run_node(self, n: Node) -> Any:
+        result = self._given[n] if n in self._given else super().run_node(n)
+        if n is self._wanted:
+            self._result = result
+        return result
+
+    @torch.no_grad()
+    def result(self, wanted: Node, inputs: tuple[Any, ...]) -> torch.Tensor:
+        self._wanted = wanted
+        self.run(*pytree.tree_leaves(inputs), enable_io_processing=False)
+        return torch.as_tensor(self._result)
+
+
+# -- what is wrong, and where ----------------------------------------------------------------------------------------
+
+
+def _disagreement(found: Agreement, converted: GraphModule, inputs: tuple[Any, ...], lower: Lower) -> VerificationError:
+    culprit = first_bad_operator(converted, inputs, lower, found.node)
+    agree = f"agree with the converted model's by {found.sqnr_db:.1f} dB only (at least {FLOOR_DB:g} wanted)"
+    what = "the file's integers are not what its values give" if found.discrete else f"the file's results {agree}"
+    if culprit is None:
+        remedy = "Every operator alone is right, and the whole is not: report it, with the model."
+        return VerificationError(what, where="output", remedy=remedy)
+    where = describe(culprit)
+    return VerificationError(
+        what, where=where, remedy=f"The first operator that differs is {where}: {_way_out(culprit)}"
+    )
+
+
+def _failure(
+    failure: RuntimeFailure, converted: GraphModule, inputs: tuple[Any, ...], lower: Lower
+) -> RuntimeFailure | None:
+    """Returns the failure with the first operator with which it occurs; None where none is found."""
+    if isinstance(failure.__cause__, subprocess.TimeoutExpired):
+        return None
+    output = converted.graph.find_nodes(op="output")[0]
+    try:
+        culprit = first_place(
+            places(converted),
+            output.all_input_nodes,
+            lambda place: _values(beginning(converted, [place.name]), inputs, lower) is None,
+        )
+    except CalibrationError:  # The inputs are not the model's.
+        return None
+    if culprit is None:
+        return None
+    where = describe(culprit)
+    remedy = f"The first operator with which the file does not run is {where}: {_way_out(culprit)}"
+    return RuntimeFailure(failure.what, where=where, remedy=remedy)
+
+
+def first_bad_operator(
+    converted: GraphModule, inputs: tuple[Any, ...], lower: Lower, output: Node | None = None
+) -> Node | None:
+    """Returns the first operator whose result the file gets wrong; of those that an output depends on, if one is given.
+
+    Integers are not compared, since they differ where ties are broken the other way: an output of integers is the
+    first where the float values before it are right.
+    """
+
+    def goes_wrong(place: Node) -> bool:
+        part = beginning(converted, [place.name])
+        outputs = _values(part, inputs, lower)
+        return outputs is None or not all(each.is_right for each in agreements(part, inputs, outputs))
+
+    floats = [place for place in places(converted) if place.meta["val"].is_floating_point()]
+    ends = [output] if output is not None else converted.graph.find_nodes(op="output")[0].all_input_nodes
+    culprit = first_place(floats, ends, goes_wrong)
+    is_discrete = output is not None and output.op == "call_function" and not output.meta["val"].is_floating_point()
+    return output if culprit is None and is_discrete else culprit
+
+
+def _values(part: GraphModule, inputs: tuple[Any, ...], lower: Lower) -> tuple[Any, ...] | None:
+    """Returns what a file of the part gives; None where it cannot be made or run."""
+    finite = pytree.tree_map_only(torch.Tensor, torch.nan_to_num, inputs)  # Lowering takes no others.
+    try:
+        return run_in_child(lower(part, finite), [inputs])[0]
+    except CalibrationError:
+        raise
+    except (RuntimeError, AssertionError):
+        return None
+
+
+def _way_out(node: Node) -> str:
+    """Returns what can be done about an operator that ExecuTorch gets wrong."""
+    dequantized = [source for source in node.all_input_nodes if source.target in ops.DEQUANTIZE_OPS]
+    if output_quantize(node) is not None or any(_is_weight(source) for source in dequantized):
+        return "leave it float (set_module_name or set_operator_type None)."
+    report = "write it with other operators, or report it to ExecuTorch."
+    if dequantized:
+        return f"it is float already. Leave the operators before it float as well, {report}"
+    return f"it is float already, and ExecuTorch gets it wrong in float as well: {report}"
+
+
+def _is_weight(dequantize: Node) -> bool:
+    return dequantize.all_input_nodes[0].op == "get_attr"

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from zeropoint.backends.xnnpack.edge import repair
 from zeropoint.backends.xnnpack.sound import GEMMS, SAME_SCALE, SIZE_RULES, check_sound, pads_itself
 from zeropoint.backends.xnnpack.transform import TO_LOWER, erase_no_ops, spell
 from zeropoint.core.errors import LoweringError
@@ -29,6 +30,8 @@ from zeropoint.numerics import ops
 
 NAME = "xnnpack"
 EXAMPLES = "example_inputs"
+CYCLE = "dependency cycle"
+"""In the message of torch.fx where a piece reads what is computed from itself outside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,6 @@ def lower_program(
     give_each_move_one_scale(model)
     check_sound(model)
     give_each_layer_its_bias(model)
-    give_each_reader_its_dequantize(model)
     return _lower(model, example_inputs, dynamic_shapes)
 
 
@@ -123,15 +125,6 @@ def give_each_layer_its_bias(model: GraphModule) -> None:
         seen.add(path)
 
 
-def give_each_reader_its_dequantize(model: GraphModule) -> None:
-    """Clones what several operators read dequantized: a float reader beside an int8 one makes the file fail to load."""
-    for node in [n for n in model.graph.nodes if n.target in ops.DEQUANTIZE_OPS]:
-        for reader in list(node.users)[1:]:
-            with node.graph.inserting_after(node):
-                own = node.graph.node_copy(node)
-            reader.replace_input_with(node, own)
-
-
 def give_each_move_one_scale(model: GraphModule) -> None:
     """Requantizes what an operator that only moves or picks values reads, where its output has another scale.
 
@@ -169,23 +162,41 @@ def _quantized_again(emit: Emitter, source: Node, qparams: tuple[Any, ...], out_
 
 
 def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> LoweredProgram:
-    exir = import_extra("executorch.exir", "executorch")
-    partition = import_extra("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
-    configs = import_extra("executorch.backends.xnnpack.utils.configs", "executorch")
     import_extra("executorch.kernels.quantized", "executorch")
     model.recompile()
     exported = _exported(model, as_inputs(example_inputs, EXAMPLES), dynamic_shapes)
     check_sound(exported.graph_module, SIZE_RULES)
     try:
-        edge = exir.to_edge_transform_and_lower(
-            exported, partitioner=[partition.XnnpackPartitioner()], transform_passes=configs.get_transform_passes()
-        )
-        delegates, outside = _whereabouts(edge.exported_program())
-        return LoweredProgram(bytes(edge.to_executorch().buffer), delegates, outside, _free(exported))
+        try:
+            return _divided(exported)
+        except Exception as error:
+            if CYCLE not in str(error):
+                raise
+            return _divided(exported, per_op_mode=True)
     except Exception as error:
         what = f"ExecuTorch could not lower the model: {type(error).__name__}: {str(error).strip()}"
-        remedy = "Its message names an operator: leave that float (set_module_name or set_operator_type None)."
+        remedy = (
+            "Where the message names an operator that is quantized, leave that float (set_module_name or "
+            "set_operator_type None); where lower_float fails on the float model as well, write it with others."
+        )
         raise LoweringError(what, where="xnnpack.lower", remedy=remedy) from error
+
+
+def _divided(exported: ExportedProgram, **settings: Any) -> LoweredProgram:
+    """Returns the program with all the delegate takes in as few pieces as ExecuTorch's partitioner finds.
+
+    With ``per_op_mode=True`` each operator is a piece: those of several can come to depend on each other.
+    """
+    exir = import_extra("executorch.exir", "executorch")
+    partition = import_extra("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
+    configs = import_extra("executorch.backends.xnnpack.utils.configs", "executorch")
+    edge = exir.to_edge_transform_and_lower(
+        exported,
+        partitioner=[partition.XnnpackPartitioner(**settings)],
+        transform_passes=configs.get_transform_passes([repair]),
+    )
+    delegates, outside = _whereabouts(edge.exported_program())
+    return LoweredProgram(bytes(edge.to_executorch().buffer), delegates, outside, _free(exported))
 
 
 def _exported(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> ExportedProgram:

@@ -1,0 +1,89 @@
+"""How one output of a file agrees with the converted model's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from zeropoint.numerics import ops
+from zeropoint.numerics.sqnr import sqnr_db
+
+FLOOR_DB = 30.0
+"""Below it a file does not compute its model: rounding alone leaves 40 dB and more."""
+STEP = 1.01
+"""One quantization step, with the float rounding of a dequantized value."""
+ROUNDING = torch.finfo(torch.float32).eps
+"""What float rounding may leave of values of about 1 where they should cancel to 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How an output agrees.
+
+    Args:
+        sqnr_db: of a float output, in dB; of integers, booleans and numbers, infinite where all are equal, else minus
+            infinity.
+        steps: the largest difference in quantization steps, where the output comes straight from a dequantize.
+        node: what the graph returns there; None for a constant.
+        discrete: the output is no float tensor.
+        actual: what the file returned.
+    """
+
+    sqnr_db: float
+    steps: float | None = None
+    node: Node | None = None
+    discrete: bool = False
+    actual: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def within_one_step(self) -> bool:
+        """True where no value is further than one quantization step away."""
+        return self.steps is not None and self.steps <= STEP
+
+    @property
+    def is_right(self) -> bool:
+        """True where the file computes this output.
+
+        Values that lie halfway between two steps are rounded up here and down there, so an output whose values are all
+        within one step is right, however many differ.
+        """
+        return self.sqnr_db >= FLOOR_DB or self.within_one_step
+
+
+@torch.no_grad()
+def agreements(model: GraphModule, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> list[Agreement]:
+    """Returns how each output of the file agrees with the model's, None left out.
+
+    One that agrees in nothing where they return different numbers of values.
+    """
+    returned = next(node for node in model.graph.nodes if node.op == "output")
+    nodes, expected = pytree.tree_leaves(returned.args[0]), pytree.tree_leaves(model(*inputs))
+    pairs = [(n, e) for n, e in zip(nodes, expected, strict=True) if e is not None]
+    actual = [value for value in outputs if value is not None]
+    if len(pairs) != len(actual):
+        return [Agreement(-math.inf)]
+    return [agreement(n if isinstance(n, Node) else None, e, a) for (n, e), a in zip(pairs, actual, strict=True)]
+
+
+def agreement(node: Node | None, expected: Any, actual: Any) -> Agreement:
+    """Returns how one output of the file agrees with what the model's node, or a constant, gave."""
+    reference, other = torch.as_tensor(expected), torch.as_tensor(actual)
+    if not reference.is_floating_point() or not isinstance(expected, torch.Tensor):
+        equal = reference.shape == other.shape and bool((reference == other).all())
+        return Agreement(math.inf if equal else -math.inf, None, node, True, other)
+    if reference.shape == other.shape and not reference.any() and bool((other.abs() <= ROUNDING).all()):
+        return Agreement(math.inf, None, node)
+    return Agreement(sqnr_db(reference, other), _steps(node, reference, other), node)
+
+
+def _steps(node: Node | None, reference: torch.Tensor, actual: torch.Tensor) -> float | None:
+    if node is None or node.target is not ops.DEQUANTIZE_PER_TENSOR or reference.shape != actual.shape:
+        return None
+    scale = node.args[1]
+    assert isinstance(scale, float)
+    return float((reference - actual).abs().max()) / scale if reference.numel() else 0.0
