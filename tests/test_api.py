@@ -314,3 +314,12 @@ def test_inputs_of_every_kind_run(monkeypatch):
     x = torch.randn(1, 3, 8, 8).to(memory_format=torch.channels_last)
     result = zp.quantize(Kinds(), ({"x": x}, 2), [({"x": x}, 2)])
     assert result.runtime_sqnr_db >= 55
+
+
+def test_a_decomposed_program_quantizes_as_the_exported_one(result):
+    program = torch.export.export(small(), batches()[0]).run_decompositions()
+    decomposed = zp.quantize(program, batches()[0], batches())
+    assert [row.pattern for row in decomposed.coverage] == [row.pattern for row in result.coverage]
+    assert all(row.is_quantized for row in decomposed.coverage)
+    assert decomposed.outside == ()
+    assert torch.equal(decomposed.model(*batches()[0]), result.model(*batches()[0]))

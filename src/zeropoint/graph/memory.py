@@ -17,7 +17,10 @@ from zeropoint.graph.compat import OpOverload
 from zeropoint.graph.schema import schema_of
 
 aten = torch.ops.aten
-UNDECLARED = (aten.dropout.default, aten.feature_dropout.default, aten.type_as.default)
+UNDECLARED = (
+    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default,
+    aten.type_as.default,
+)  # fmt: skip
 """Operators that may return their first argument itself, though their schema does not say so."""
 
 

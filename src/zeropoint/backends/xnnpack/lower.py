@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from zeropoint.backends.xnnpack.conditions import pads_with_zero
 from zeropoint.backends.xnnpack.sound import GEMMS, PADS, SAME_SCALE, SIZE_RULES, check_sound
-from zeropoint.backends.xnnpack.transform import TO_LOWER, erase_no_ops, spell
+from zeropoint.backends.xnnpack.transform import TO_LOWER, spell
 from zeropoint.core.errors import LoweringError
 from zeropoint.core.extras import import_extra
 from zeropoint.graph.attributes import Names, get_attribute
@@ -24,6 +24,7 @@ from zeropoint.graph.capture import capture, require_exported
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.emit import Emitter, complete_values
 from zeropoint.graph.inputs import as_inputs, check_inputs
+from zeropoint.graph.no_ops import erase_no_ops
 from zeropoint.numerics import ops
 
 NAME = "xnnpack"

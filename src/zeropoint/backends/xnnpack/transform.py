@@ -17,38 +17,9 @@ from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.emit import Emitter
 from zeropoint.graph.graph_pass import remove_dead_code
-from zeropoint.graph.memory import Memory
 
 aten = torch.ops.aten
 PASS = "xnnpack.transform"
-COPIES = (aten.clone.default, aten.lift_fresh_copy.default)
-CONVERSIONS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
-"""Operators that return their input itself where it is of the wanted type already."""
-
-
-def erase_no_ops(model: GraphModule) -> None:
-    """Removes dropout in eval mode, clones, detaches, conversions to what a tensor is: each would break a pattern."""
-    memory = Memory(model.graph)
-    for node in list(model.graph.nodes):
-        if _is_no_op(node, memory):
-            node.replace_all_uses_with(node.args[0])
-            model.graph.erase_node(node)
-
-
-def _is_no_op(node: Node, memory: Memory) -> bool:
-    if node.target in (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default):
-        return not argument(node, "train")
-    if node.target in COPIES:  # A copy is one for the sake of what is written to it, or to what it was made of.
-        written = any(memory.is_written(each) for each in (node, *node.all_input_nodes))
-        return not written and argument(node, "memory_format") is None
-    if node.target in CONVERSIONS:
-        return not argument(node, "copy") and argument(node, "memory_format") is None and _keeps_type(node)
-    return node.target in (aten.detach.default, aten.alias.default)
-
-
-def _keeps_type(node: Node) -> bool:
-    before, after = node.all_input_nodes[0].meta["val"], node.meta["val"]
-    return (before.dtype, before.device, before.layout) == (after.dtype, after.device, after.layout)
 
 
 def spell(model: GraphModule, spellings: Spellings) -> None:
