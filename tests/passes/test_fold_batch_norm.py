@@ -11,8 +11,9 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Interpreter
 
 from zeropoint.annotate.plan import DECISION_KEY
+from zeropoint.graph.batch_norms import BATCH_NORMS
 from zeropoint.passes.finish import finish
-from zeropoint.passes.fold_batch_norm import BATCH_NORMS, fold_batch_norm
+from zeropoint.passes.fold_batch_norm import fold_batch_norm
 
 aten = torch.ops.aten
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -225,7 +226,14 @@ def test_train_mode():
 def test_no_running_statistics():
     model = built(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)), X)
     fold_batch_norm(model)
-    assert "normalizes by each batch" in reason(model)
+    assert reason(model) == "batch norm is not folded: it keeps no running statistics and normalizes by each batch"
+
+
+def test_train_mode_after_decomposition():
+    module = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).train()
+    model = torch.export.export(module, (X,)).run_decompositions().module()
+    fold_batch_norm(model)
+    assert "exported in train mode" in reason(model)
 
 
 def test_a_linear_layer_of_three_dimensions():

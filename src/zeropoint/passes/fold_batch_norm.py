@@ -13,22 +13,13 @@ from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.plan import DECISION_KEY, Decision
 from zeropoint.graph.attributes import Names, attribute_reads, get_attribute, set_parameter
+from zeropoint.graph.batch_norms import BATCH_NORMS, MULTIPLE, is_in_train_mode, keeps_statistics
 from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.compat import fake_like
 from zeropoint.graph.emit import inherit
 from zeropoint.graph.graph_pass import graph_pass
 from zeropoint.graph.layers import LAYERS, LINEAR, TRANSPOSED, scale_outputs
 from zeropoint.graph.source import describe
-
-aten = torch.ops.aten
-
-NO_TRAINING = (aten._native_batch_norm_legit_no_training.default, aten._batch_norm_no_update.default)
-ALWAYS_TRAINING = (aten._batch_norm_with_update.default,)
-MULTIPLE = (
-    aten._native_batch_norm_legit.default, aten._native_batch_norm_legit.no_stats, aten.native_batch_norm.default,
-    aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default, *NO_TRAINING, *ALWAYS_TRAINING,
-)  # fmt: skip
-BATCH_NORMS = (aten.batch_norm.default, *MULTIPLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +66,10 @@ class _Tensors:
 
 def _find(model: GraphModule, norm: Node) -> _Fold | str:
     """Returns what can be folded, or the reason why nothing can."""
+    if is_in_train_mode(norm):
+        return "it was exported in train mode and normalizes by each batch; export model.eval()"
+    if not keeps_statistics(norm):
+        return "it keeps no running statistics and normalizes by each batch"
     layer, result = argument(norm, "input"), norm
     if norm.target in MULTIPLE:
         taken = {user.args[1]: user for user in norm.users if user.target is operator.getitem}
@@ -86,11 +81,6 @@ def _find(model: GraphModule, norm: Node) -> _Fold | str:
     if len(layer.users) > 1:
         others = ", ".join(user.name for user in layer.users if user is not norm)
         return f"{layer.name} is read by {others} too"
-    trains = norm.target in ALWAYS_TRAINING or argument(norm, "training") or argument(norm, "train")
-    if norm.target not in NO_TRAINING and trains:
-        return "it was exported in train mode and normalizes by each batch; export model.eval()"
-    if not all(isinstance(argument(norm, name), Node) for name in ("running_mean", "running_var")):
-        return "it keeps no running statistics and normalizes by each batch"
     if layer.target in LINEAR and layer.meta["val"].dim() != 2:
         return f"{layer.name} returns {layer.meta['val'].dim()} dimensions, so batch norm is not along its features"
     if layer.target not in LINEAR and layer.meta["val"].dim() != argument(layer, "weight").meta["val"].dim():

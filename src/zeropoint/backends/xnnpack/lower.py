@@ -19,6 +19,7 @@ from zeropoint.backends.xnnpack.transform import TO_LOWER, spell
 from zeropoint.core.errors import LoweringError
 from zeropoint.core.extras import import_extra
 from zeropoint.graph.attributes import Names, get_attribute
+from zeropoint.graph.batch_norms import BATCH_NORMS
 from zeropoint.graph.bind import argument, reads, replace_read, set_argument
 from zeropoint.graph.capture import capture, require_exported
 from zeropoint.graph.chains import sole_reader
@@ -108,12 +109,7 @@ def give_each_layer_its_bias(model: GraphModule) -> None:
             continue
         path = str(bias.target)
         if path in seen:
-            own = names.new(f"{path.replace('.', '_')}_")
-            model.register_parameter(own, nn.Parameter(get_attribute(model, path).detach().clone()))
-            with node.graph.inserting_before(node):
-                read = node.graph.get_attr(own)
-            read.meta = dict(bias.meta)
-            set_argument(node, "bias", read)
+            _give_own_parameter(model, node, "bias", names.new(f"{path.replace('.', '_')}_"))
         seen.add(path)
 
 
@@ -160,12 +156,37 @@ def give_each_padding_its_quantize(model: GraphModule) -> None:
                 reader.replace_input_with(node, again)
 
 
+def give_each_batch_norm_its_weight(model: GraphModule) -> None:
+    """Copies the weight of a batch norm to a path that is a plain name.
+
+    executorch 1.4 names the convolution that it makes of a batch norm after that path, and looks for it by that name in
+    a graph, where ``0.weight`` became ``_0_weight`` (backends/xnnpack/_passes/decompose_batch_norm.py).
+    """
+    names = Names(model)
+    for node in [node for node in model.graph.nodes if node.target in BATCH_NORMS]:
+        weight = argument(node, "weight")
+        if isinstance(weight, Node) and weight.op == "get_attr":
+            _give_own_parameter(model, node, "weight", names.new("batch_norm_weight_"))
+
+
+def _give_own_parameter(model: GraphModule, node: Node, name: str, path: str) -> None:
+    """Makes an argument of the node read a copy of its parameter at a new path."""
+    read = argument(node, name)
+    value = get_attribute(model, str(read.target)).detach().clone()
+    model.register_parameter(path, nn.Parameter(value, requires_grad=False))
+    with node.graph.inserting_before(node):
+        own = node.graph.get_attr(path)
+    own.meta = dict(read.meta)
+    set_argument(node, name, own)
+
+
 def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> LoweredProgram:
     exir = import_extra("executorch.exir", "executorch")
     partition = import_extra("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
     configs = import_extra("executorch.backends.xnnpack.utils.configs", "executorch")
     import_extra("executorch.kernels.quantized", "executorch")
     spell(model, TO_LOWER)
+    give_each_batch_norm_its_weight(model)
     model.recompile()
     example_inputs = pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, as_inputs(example_inputs, EXAMPLES))
     exported = _exported(model, example_inputs, dynamic_shapes)
