@@ -84,8 +84,9 @@ class Memory:
         return self._origin.get(node) in self._rewritten
 
     def is_written(self, node: Node) -> bool:
-        """True when an operator writes to the node's memory, at any time."""
-        return bool(self._writes.get(self._origin[node]))
+        """True when an operator writes to the node's memory, at any time; False for nodes that came later."""
+        origin = self._origin.get(node)
+        return origin is not None and bool(self._writes.get(origin))
 
     def write_after(self, node: Node) -> Node | None:
         """Returns the node whose write a copy of this node's value would cut off; None where there is none."""

@@ -17,6 +17,7 @@ from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.emit import Emitter
 from zeropoint.graph.graph_pass import remove_dead_code
+from zeropoint.graph.layers import as_linear
 
 aten = torch.ops.aten
 PASS = "xnnpack.transform"
@@ -125,22 +126,13 @@ def _sizes(shape: Any) -> list[int]:
 
 def _matmul_to_linear(place: _Place) -> None:
     """A product with a constant matrix is a linear layer."""
-    names = ("mat1", "mat2") if place.node.target is aten.addmm.default else ("self", "other")
-    names = ("self", "mat2") if place.node.target is aten.mm.default else names
-    left, right = (place.argument(name) for name in names)
-    if right not in place.constants or left in place.constants or right.meta["val"].dim() != 2:
+    found = as_linear(place.node, place.constants)
+    if found is None:
         return
-    bias = place.argument("self") if place.node.target is aten.addmm.default else None
-    if bias is not None and not _is_plain_bias(place, bias):
-        return
-    weight = place.emit.call(aten.permute.default, right, [1, 0])
+    source, transposed, bias = found
+    weight = place.emit.call(aten.permute.default, transposed, [1, 0])
     place.constants.add(weight)
-    place.replace(place.emit.call(aten.linear.default, left, weight, bias))
-
-
-def _is_plain_bias(place: _Place, bias: Node) -> bool:
-    factors = (place.argument("alpha"), place.argument("beta"))
-    return factors == (1, 1) and bias.op == "get_attr" and bias in place.constants and bias.meta["val"].dim() == 1
+    place.replace(place.emit.call(aten.linear.default, source, weight, bias))
 
 
 def _pool_stride(place: _Place) -> None:
