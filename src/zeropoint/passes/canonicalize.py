@@ -12,6 +12,7 @@ from zeropoint.graph.bind import argument
 from zeropoint.graph.emit import Emitter
 from zeropoint.graph.graph_pass import graph_pass
 from zeropoint.graph.layers import MOVES
+from zeropoint.graph.memory import remove_dead_writes
 from zeropoint.passes.recompose import recompose
 
 aten = torch.ops.aten
@@ -20,10 +21,11 @@ GUARDS = "_guards_fn"
 
 @graph_pass
 def canonicalize(model: GraphModule) -> None:
-    """Removes the checks that export adds, takes attention apart and puts together what was decomposed."""
+    """Removes checks that export adds and writes that nothing sees, takes attention apart, undoes decompositions."""
     known: dict[object, Any] = {}
     for node in [node for node in model.graph.nodes if _is_check(node)]:
         model.graph.erase_node(node)
+    remove_dead_writes(model.graph)
     for node in list(model.graph.nodes):
         if node.target is aten.scaled_dot_product_attention.default:
             decompose_attention(node, known)
