@@ -350,3 +350,12 @@ def test_a_model_that_returns_integers_of_optional_inputs():
     assert result.verification is not None
     assert result.runtime_sqnr_db == result.verification.sqnr_db >= 30
     assert "outputs   against float no float output; file against converted model: " in str(result)
+
+
+def test_a_decomposed_program_quantizes_as_the_exported_one(result):
+    program = torch.export.export(small(), batches()[0]).run_decompositions()
+    decomposed = zp.quantize(program, batches()[0], batches())
+    assert [row.pattern for row in decomposed.coverage] == [row.pattern for row in result.coverage]
+    assert all(row.is_quantized for row in decomposed.coverage)
+    assert decomposed.outside == ()
+    assert torch.equal(decomposed.model(*batches()[0]), result.model(*batches()[0]))

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 from tests.backends.q_dq import Graph, Layer, Side, dequantize, exported, fake, qd, quantize
 from tests.backends.xnn_graph import delegates, float_nodes
-from tests.models import export
+from tests.models import export, randomize_norms
 from tests.quantizers import STATIC
 from zeropoint import convert_pt2e, prepare_pt2e
 from zeropoint.backends.xnnpack import (
@@ -104,6 +104,14 @@ QUIET, SYMMETRIC, FLOAT_OUT = (
     "Annotate its output",
 )
 CASES = (
+    Case(
+        sound.is_in_eval_mode, "batch_norm", "it was exported in train mode", "Export model.eval().",
+        lambda: Graph(lambda x: F.batch_norm(x, torch.zeros(4), torch.ones(4), training=True)), PICTURE,
+    ),
+    Case(
+        sound.is_in_eval_mode, "dropout", "it was exported in train mode", "Export model.eval().",
+        lambda: Graph(lambda x: F.dropout(x, training=True)), ROWS,
+    ),
     Case(
         sound.has_a_kernel, "conv3d", "the delegate has no three-dimensional convolution", "Leave it float.",
         lambda: through(Layer((2, 3, 2, 2, 2), F.conv3d), lambda m, x: fake(m(fake(x)), OUT)), (1, 3, 4, 4, 4),
@@ -524,6 +532,35 @@ def test_graphs_of_torchao_which_say_no_values():
     model = convert(prepared)
     assert any("val" not in node.meta for node in model.graph.nodes if node.op == "call_function")
     assert verify(lower(model, inputs), model, [inputs], lower).sqnr_db > 35
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(6), nn.BatchNorm2d(6, affine=False)], ids=["affine", "not affine"])
+def test_batch_norm_that_is_left_in_modules_that_are_numbers(norm: nn.Module):
+    """Their paths, "2.weight", are no names of a graph, which executorch's lowering takes them for."""
+    net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), norm, nn.ReLU(), norm, nn.Conv2d(6, 4, 3)).eval()
+    randomize_norms(net)
+    inputs = (torch.randn(PICTURE),)
+    prepared = prepare_pt2e(export(net, *inputs), XNNPACKQuantizer().set_global(get_default_quantization_config()))
+    prepared(*inputs)
+    model = convert_pt2e(prepared)
+    lowered = lower_program(model, inputs)
+    assert (lowered.delegates, lowered.outside) == (1, ())
+    assert verify(lowered.pte, model, [inputs], lower).sqnr_db > 35
+    (actual,) = run_in_child(lower_module.lower_float(net, inputs).pte, [inputs])
+    assert torch.allclose(actual[0], net(*inputs), atol=1e-4)
+
+
+def test_an_export_in_train_mode_is_refused_before_executorch_is_called():
+    net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()).train()
+    inputs = (torch.randn(PICTURE),)
+    program = torch.export.export(net, inputs).module()
+    prepared = prepare_pt2e(program, XNNPACKQuantizer().set_global(get_default_quantization_config()))
+    prepared(*inputs)
+    with pytest.raises(
+        LoweringError, match=r"batch_norm \(batch_norm\) \[1\]: it was .* train mode\. Export model\.eval"
+    ):
+        lower(convert_pt2e(prepared), inputs)
 
 
 def test_lowering_leaves_the_model_as_it_was():

@@ -7,12 +7,13 @@ import torch
 from quantizers import annotate
 from torch import nn
 from torch.fx import Graph
+from torch.nn import functional as F
 
 from zeropoint.annotate.plan import DECISION_KEY
 from zeropoint.backends.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config
 from zeropoint.core.errors import AnnotationError
 from zeropoint.graph.constants import attributes_behind, mutated_attributes
-from zeropoint.graph.memory import Memory, shares_memory_with, written_by
+from zeropoint.graph.memory import Memory, remove_dead_writes, shares_memory_with, written_by
 from zeropoint.workflow import convert_pt2e, prepare_pt2e
 
 aten = torch.ops.aten
@@ -143,3 +144,94 @@ def test_the_view_of_a_cache_that_is_written_through_cannot_be_quantized():
     model = models.exported(models.counter)
     with pytest.raises(AnnotationError, match="that change would be lost"):
         prepare_pt2e(model, quantizers.ByHand(lambda m: annotate(models.find(m, "select"), {}, ACT)))
+
+
+# Writes that nothing sees.
+
+
+def read_before(m, x):
+    y = m.layer(x)
+    z = y * 2
+    F.relu_(y)
+    return z
+
+
+def through_a_view(m, x):
+    y = m.layer(x)
+    z = y * 2
+    y[0].add_(1.0).mul_(2.0)
+    return z
+
+
+def not_read(m, x):
+    F.relu_(m.layer(x))
+    return x * 2
+
+
+def of_an_input(m, x):
+    F.relu_(x)
+    return m.layer(x * 2)
+
+
+def of_a_view_of_an_input(m, x):
+    y = x[0]
+    z = m.layer(x)
+    y.add_(1.0)
+    return z
+
+
+def of_an_attribute(m, x):
+    y = m.layer(x)
+    m.state.add_(y.sum())
+    return y
+
+
+def of_what_is_returned(m, x):
+    y = m.layer(x)
+    y[0].add_(1.0)
+    return y.t()
+
+
+def read_later(m, x):
+    y = m.layer(x)
+    row = y[0]
+    row.add_(1.0)
+    return y * 2
+
+
+def exported_with_state(function):
+    torch.manual_seed(0)
+    module = models.Applied(function, layer=nn.Linear(4, 4))
+    module.register_buffer("state", torch.zeros(()))
+    return models.export(module, torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("function", [read_before, through_a_view, not_read])
+def test_writes_that_nothing_sees_are_removed(function):
+    model = exported_with_state(function)
+    x = torch.randn(2, 4)
+    expected = model(x)
+    assert any(list(written_by(node)) for node in model.graph.nodes)
+    remove_dead_writes(model.graph)
+    model.recompile()
+    assert torch.equal(model(x), expected)
+    assert not any(list(written_by(node)) for node in model.graph.nodes)
+    assert models.count(model, "linear") == (function is not not_read)
+
+
+@pytest.mark.parametrize(
+    "function", [of_an_input, of_a_view_of_an_input, of_an_attribute, of_what_is_returned, read_later]
+)
+def test_writes_that_something_sees_stay(function):
+    model = exported_with_state(function)
+    nodes = [node.name for node in model.graph.nodes if list(written_by(node))]
+    assert nodes
+    remove_dead_writes(model.graph)
+    assert [node.name for node in model.graph.nodes if list(written_by(node))] == nodes
+
+
+def test_a_layer_whose_result_is_written_to_in_vain_is_quantized():
+    model = exported_with_state(read_before)
+    prepared = prepare_pt2e(model, XNNPACKQuantizer().set_global(get_symmetric_quantization_config()))
+    assert models.find(prepared, "linear").meta[DECISION_KEY].refusal is None
+    assert models.count(prepared, "relu_") == 0

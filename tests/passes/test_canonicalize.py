@@ -113,3 +113,25 @@ def test_new_nodes_know_where_they_come_from():
             assert node.meta["stack_trace"] == stack
             assert node.meta["val"] is not None
             assert node.meta["from_node"]
+
+
+def test_a_view_of_attention_reads_any_strides():
+    """The operator's result lies in memory as the query does, the product's does not: ``view`` took one of them."""
+
+    class Viewed(nn.Module):
+        def forward(self, x):
+            q = x.view(2, 3, 4, 5).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, q, q).transpose(1, 2).view(2, 3, 20)
+
+    x = torch.randn(2, 3, 20)
+    model = models.export(Viewed(), x)
+    canonicalize(model)
+    model.recompile()
+    assert torch.allclose(model(x), Viewed()(x), atol=1e-5)
+
+
+def test_checks_of_a_type_are_removed():
+    model = models.export(models.Applied(lambda m, x: (x * 2).float() + 1), torch.randn(2))
+    assert models.count(model, "_assert_tensor_metadata")
+    canonicalize(model)
+    assert not models.count(model, "_assert_tensor_metadata")

@@ -11,8 +11,10 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Interpreter
 
 from zeropoint.annotate.plan import DECISION_KEY
+from zeropoint.graph.batch_norms import BATCH_NORMS
+from zeropoint.passes.canonicalize import canonicalize
 from zeropoint.passes.finish import finish
-from zeropoint.passes.fold_batch_norm import BATCH_NORMS, fold_batch_norm
+from zeropoint.passes.fold_batch_norm import fold_batch_norm
 
 aten = torch.ops.aten
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -164,6 +166,11 @@ def test_the_same_modules_twice_share_the_folded_weight():
     assert first.args[2] is second.args[2]
 
 
+def test_a_batch_norm_after_another():
+    model = built(nn.Sequential(nn.Conv2d(4, 3, 1, bias=False), nn.BatchNorm2d(3), nn.BatchNorm2d(3)), X)
+    assert not norms(folded(model, X))
+
+
 def test_four_uses_in_every_combination():
     uses = list(itertools.product((0, 1), (0, 1)))
     model = shared(lambda m, x: sum([m.one, m.two][n]([m.conv, m.other][c](x)) for c, n in uses))
@@ -193,6 +200,155 @@ def test_two_reads_of_one_weight_in_a_graph_made_by_hand():
     graph.output(graph.call_function(aten.add.Tensor, (norm, two)))
     model = with_values(GraphModule(root, graph), X)
     assert not norms(folded(model, X))
+
+
+# What lies between, and layers in other spellings.
+
+
+def applied(function, *inputs, **modules):
+    return built(models.Applied(function, **modules), *inputs)
+
+
+ROWS, SAMPLES = torch.randn(3, 4), torch.randn(2, 7, 4)
+NOTHING = {
+    "dropout": nn.Dropout(),
+    "dropout of channels": nn.Dropout2d(),
+    "identity": nn.Identity(),
+    "detach": models.Applied(lambda m, x: x.detach()),
+    "clone": models.Applied(lambda m, x: x.clone()),
+    "float": models.Applied(lambda m, x: x.float().to(torch.float32)),
+    "several": nn.Sequential(nn.Dropout(), models.Applied(lambda m, x: x.detach()), nn.Dropout()),
+}
+
+
+@pytest.mark.parametrize("between", NOTHING.values(), ids=NOTHING)
+def test_operators_that_do_nothing(between):
+    model = built(nn.Sequential(nn.Conv2d(4, 3, 3), between, nn.BatchNorm2d(3), nn.ReLU()), X)
+    canonicalize(model)
+    assert not norms(folded(model, X))
+
+
+def test_dropout_in_train_mode_stays_between():
+    model = applied(
+        lambda m, x: m.norm(torch.dropout(m.conv(x), 0.5, True)), X, conv=nn.Conv2d(4, 3, 1), norm=NORM[2](3)
+    )
+    fold_batch_norm(model)
+    assert "its input dropout (dropout)" in reason(model)
+
+
+CHANNELS = {
+    "squeeze": (lambda m, x: m.norm(m.conv1d(x).squeeze(-1)), torch.randn(3, 4, 3)),
+    "flatten of one pixel": (lambda m, x: m.norm(m.conv(x).flatten(1)), torch.randn(2, 4, 3, 3)),
+    "flatten of space": (lambda m, x: m.norm(m.conv(x).flatten(2)), X),
+    "view of pixels": (lambda m, x: m.norm2(m.conv(x).view(2, 6, 9, 1)), X),
+    "unsqueeze": (lambda m, x: m.norm(m.linear(x).unsqueeze(-1)), ROWS),
+    "all rows": (lambda m, x: m.norm(m.linear(x).view(-1, 6)), SAMPLES),
+    "transpose": (lambda m, x: m.norm(m.linear(x).transpose(1, 2)), SAMPLES),
+    "permute": (lambda m, x: m.norm(m.linear(x).permute(0, -1, 1).contiguous()), SAMPLES),
+    "t": (lambda m, x: m.norm(m.linear(x).t().t()), ROWS),
+    "several": (lambda m, x: m.norm2(m.linear(x).transpose(1, 2).unsqueeze(2).detach()), SAMPLES),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "x"), CHANNELS.values(), ids=CHANNELS)
+def test_moves_that_keep_channels_together(function, x):
+    modules = {"conv": nn.Conv2d(4, 6, 3), "conv1d": nn.Conv1d(4, 6, 3), "linear": nn.Linear(4, 6)}
+    model = applied(function, x, **modules, norm=nn.BatchNorm1d(6), norm2=nn.BatchNorm2d(6))
+    assert not norms(folded(model, x))
+
+
+def test_moves_that_part_channels_stay():
+    flat = applied(lambda m, x: m.norm(m.conv(x).flatten(1)), X, conv=nn.Conv2d(4, 6, 3), norm=nn.BatchNorm1d(54))
+    assert "flatten (flatten)" in reason(folded(flat, X))
+    rows = applied(lambda m, x: m.norm(m.linear(x)[:, :, None]), SAMPLES, linear=nn.Linear(4, 6), norm=NORM[2](7))
+    assert "linear, whose channels are along axis 2" in reason(folded(rows, SAMPLES))
+    seen = applied(
+        lambda m, x: (lambda y: m.norm(y.transpose(1, 2)).sum() + y)(m.linear(x)),
+        SAMPLES, linear=nn.Linear(4, 6), norm=NORM[1](6),
+    )  # fmt: skip
+    assert reason(folded(seen, SAMPLES)) == "batch norm is not folded: linear is read by add too"
+
+
+def test_a_free_batch_stays_free():
+    module = models.Applied(
+        lambda m, x: m.norm(m.linear(x).view(-1, 6)), linear=nn.Linear(4, 6), norm=NORM[1](6)
+    ).eval()
+    models.randomize_norms(module)
+    with torch.no_grad():
+        model = torch.export.export(module, (SAMPLES,), dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},),)).module()
+    fold_batch_norm(model)
+    assert not norms(model)
+    x = torch.randn(5, 7, 4)
+    assert torch.allclose(finish(model)(x), module(x), atol=1e-5)
+
+
+PRODUCTS = {
+    "matmul": lambda m, x: m.norm(x @ m.matrix),
+    "mm": lambda m, x: m.norm(torch.mm(x, m.matrix)),
+    "addmm": lambda m, x: m.norm(torch.addmm(m.bias, x, m.matrix)),
+    "two batch norms": lambda m, x: m.other(m.norm(x @ m.matrix).clone()),
+    "shared": lambda m, x: m.norm(x @ m.matrix) + m.other(x @ m.matrix) + x @ m.matrix,
+}
+
+
+@pytest.mark.parametrize("function", PRODUCTS.values(), ids=PRODUCTS)
+def test_products_with_a_constant_matrix(function):
+    module = models.Applied(function, norm=NORM[1](6), other=NORM[1](6))
+    module.matrix, module.bias = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6))
+    assert not norms(folded(built(module, ROWS), ROWS))
+
+
+def test_a_product_of_two_activations_stays():
+    other = torch.randn(4, 6)
+    model = applied(lambda m, x, y: m.norm(x @ y), ROWS, other, norm=NORM[1](6))
+    assert "matmul (matmul)" in reason(folded(model, ROWS, other))
+
+
+WEIGHT_NORM = torch.nn.utils.parametrizations.weight_norm
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "x"),
+    [
+        (nn.Conv2d(4, 6, 3), NORM[2](6), X),
+        (nn.ConvTranspose2d(4, 6, 3), NORM[2](6), X),
+        (nn.Linear(4, 6), NORM[1](6), ROWS),
+    ],
+)
+@pytest.mark.parametrize("parametrize", [WEIGHT_NORM, torch.nn.utils.parametrizations.spectral_norm])
+def test_weights_that_are_computed_from_parameters(layer, norm, x, parametrize):
+    module = nn.Sequential(parametrize(copy.deepcopy(layer)), norm)
+    for decompose in (False, True):
+        model = built(module, x)
+        if decompose:
+            model = torch.export.export(module, (x,)).run_decompositions().module()
+            canonicalize(model)
+        assert not norms(folded(model, x))
+
+
+def test_a_computed_weight_of_two_batch_norms():
+    module = models.Applied(
+        lambda m, x: m.one(m.conv(x)) + m.two(m.conv(x)) + m.conv(x),
+        conv=WEIGHT_NORM(nn.Conv2d(4, 4, 3)), one=NORM[2](4), two=NORM[2](4),
+    )  # fmt: skip
+    assert not norms(folded(built(module, X), X))
+
+
+def test_a_weight_that_is_written_to_stays():
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+            self.register_buffer("kernel", torch.randn(3, 4, 1, 1))
+
+        def forward(self, x):
+            y = self.norm(torch.conv2d(x, self.kernel))
+            self.kernel.mul_(0.5)
+            return y
+
+    model = built(Written(), X)
+    fold_batch_norm(model)
+    assert reason(model) == "batch norm is not folded: kernel is written to at run time"
 
 
 # What stays.
@@ -225,7 +381,14 @@ def test_train_mode():
 def test_no_running_statistics():
     model = built(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)), X)
     fold_batch_norm(model)
-    assert "normalizes by each batch" in reason(model)
+    assert reason(model) == "batch norm is not folded: it keeps no running statistics and normalizes by each batch"
+
+
+def test_train_mode_after_decomposition():
+    module = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).train()
+    model = torch.export.export(module, (X,)).run_decompositions().module()
+    fold_batch_norm(model)
+    assert "exported in train mode" in reason(model)
 
 
 def test_a_linear_layer_of_three_dimensions():
@@ -239,7 +402,8 @@ def test_a_linear_layer_of_three_dimensions():
 
     x = torch.randn(2, 3, 4)
     model = folded(built(Rows(), x), x)
-    assert "linear returns 3 dimensions, so batch norm is not along its features" in reason(model)
+    words = "it is along axis 1 of linear, whose channels are along axis 2"
+    assert reason(model) == f"batch norm is not folded: {words}"
 
 
 @pytest.mark.parametrize("dims", [1, 2])

@@ -6,10 +6,13 @@ Weights: convolution ``(out, in / groups, k...)``, linear ``(out, in)``, transpo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
 from zeropoint.graph.bind import argument
+from zeropoint.graph.sizes import axis_before_view, have_equal_sizes
 
 aten = torch.ops.aten
 
@@ -20,12 +23,18 @@ CONVOLUTIONS = (
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 LINEAR = (aten.linear.default,)
 LAYERS = (*CONVOLUTIONS, *TRANSPOSED, *LINEAR)
-MOVES = (
+VIEWS = (
     aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.default,
-    aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.permute.default, aten.transpose.int,
-    aten.t.default, aten.clone.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
+)  # fmt: skip
+MOVES = (
+    *VIEWS, aten.permute.default, aten.transpose.int, aten.t.default, aten.clone.default, aten.contiguous.default,
 )  # fmt: skip
 """Operators that return the values that they read, all of them and no others."""
+PRODUCTS: dict[Any, tuple[str, str]] = {
+    aten.matmul.default: ("self", "other"), aten.mm.default: ("self", "mat2"), aten.addmm.default: ("mat1", "mat2")
+}  # fmt: skip
+"""Products of matrices, and the names of their factors."""
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 
 
@@ -42,6 +51,38 @@ def groups_of(layer: Node) -> int:
 def channel_axis(layer: Node) -> int:
     """Returns the axis of a layer's output, and of its input, along which its channels lie."""
     return -1 if layer.target in LINEAR else 1
+
+
+def axis_before(node: Node, axis: int) -> int | None:
+    """Returns the axis of what one of ``MOVES`` reads that is this axis of its result; None where it is no axis."""
+    before = node.all_input_nodes[0].meta["val"]
+    if node.target in VIEWS:
+        return axis_before_view(before.shape, node.meta["val"].shape, axis)
+    order = list(range(before.dim()))
+    if node.target is aten.permute.default:
+        order = [each % before.dim() for each in argument(node, "dims")]
+    elif node.target is aten.transpose.int:
+        first, second = argument(node, "dim0"), argument(node, "dim1")
+        order[first], order[second] = order[second], order[first]
+    elif node.target is aten.t.default:
+        order.reverse()
+    return order[axis]
+
+
+def as_linear(node: Node, constants: set[Node]) -> tuple[Node, Node, Node | None] | None:
+    """Returns input, transposed weight and bias of a product that is a linear layer; None where it is not.
+
+    That is a product with a constant matrix, to which a parameter with a value for each column may be added.
+    """
+    left, right = (argument(node, name) for name in PRODUCTS[node.target])
+    if right not in constants or left in constants or right.meta["val"].dim() != 2:
+        return None
+    if node.target is not aten.addmm.default:
+        return left, right, None
+    bias, factors = argument(node, "self"), (argument(node, "alpha"), argument(node, "beta"))
+    is_parameter = bias.op == "get_attr" and bias in constants
+    is_bias = is_parameter and have_equal_sizes(bias.meta["val"].shape, node.meta["val"].shape[-1:])
+    return (left, right, bias) if is_bias and factors == (1, 1) else None
 
 
 def scale_outputs(layer: Node, weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

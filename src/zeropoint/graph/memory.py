@@ -17,7 +17,10 @@ from zeropoint.graph.compat import OpOverload
 from zeropoint.graph.schema import schema_of
 
 aten = torch.ops.aten
-UNDECLARED = (aten.dropout.default, aten.feature_dropout.default, aten.type_as.default)
+UNDECLARED = (
+    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default,
+    aten.type_as.default,
+)  # fmt: skip
 """Operators that may return their first argument itself, though their schema does not say so."""
 
 
@@ -76,13 +79,18 @@ class Memory:
             if isinstance(origin, str):
                 self._rewritten.add(origin)
 
+    def own(self, node: Node) -> Node | str:
+        """Returns the node that made the memory of this node's value, or the path of the attribute that it is."""
+        return self._origin[node]
+
     def is_rewritten(self, node: Node) -> bool:
         """True when the node's value depends on when it is read: others write to its memory."""
         return self._origin.get(node) in self._rewritten
 
     def is_written(self, node: Node) -> bool:
-        """True when an operator writes to the node's memory, at any time."""
-        return bool(self._writes.get(self._origin[node]))
+        """True when an operator writes to the node's memory, at any time; False for nodes that came later."""
+        origin = self._origin.get(node)
+        return origin is not None and bool(self._writes.get(origin))
 
     def write_after(self, node: Node) -> Node | None:
         """Returns the node whose write a copy of this node's value would cut off; None where there is none."""
@@ -97,3 +105,24 @@ class Memory:
             return None
         last = self._writes[self._origin[node]][-1]
         return self._nodes[last] if last >= start else None
+
+
+def remove_dead_writes(graph: Graph) -> None:
+    """Erases operators whose result nothing reads and whose writes nothing sees, with what only they read.
+
+    Everything may see a write to an attribute or an input, and what comes later one to memory that the graph made.
+    """
+    memory = Memory(graph)
+    read_later: set[Node | str] = set()
+    for node in reversed(graph.nodes):
+        if not node.users and (not node.is_impure() or _writes_unseen(node, memory, read_later)):
+            graph.erase_node(node)
+        else:
+            read_later.update(memory.own(source) for source in node.all_input_nodes)
+
+
+def _writes_unseen(node: Node, memory: Memory, read_later: set[Node | str]) -> bool:
+    owners = [memory.own(written) for written in written_by(node)]
+    return bool(owners) and all(
+        isinstance(owner, Node) and owner.op == "call_function" and owner not in read_later for owner in owners
+    )

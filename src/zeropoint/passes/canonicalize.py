@@ -11,6 +11,9 @@ from torch.fx import GraphModule, Node
 from zeropoint.graph.bind import argument
 from zeropoint.graph.emit import Emitter
 from zeropoint.graph.graph_pass import graph_pass
+from zeropoint.graph.layers import MOVES
+from zeropoint.graph.memory import remove_dead_writes
+from zeropoint.passes.recompose import recompose
 
 aten = torch.ops.aten
 GUARDS = "_guards_fn"
@@ -18,13 +21,20 @@ GUARDS = "_guards_fn"
 
 @graph_pass
 def canonicalize(model: GraphModule) -> None:
-    """Removes the input checks that ``ExportedProgram.module()`` adds, and takes attention apart."""
+    """Removes checks that export adds and writes that nothing sees, takes attention apart, undoes decompositions."""
     known: dict[object, Any] = {}
+    for node in [node for node in model.graph.nodes if _is_check(node)]:
+        model.graph.erase_node(node)
+    remove_dead_writes(model.graph)
     for node in list(model.graph.nodes):
-        if node.op == "call_module" and node.target == GUARDS:
-            model.graph.erase_node(node)
-        elif node.target is aten.scaled_dot_product_attention.default:
+        if node.target is aten.scaled_dot_product_attention.default:
             decompose_attention(node, known)
+    recompose(model, known)
+
+
+def _is_check(node: Node) -> bool:
+    """True for a check of the inputs' sizes, or of a type, which does not change once it is exported."""
+    return (node.op == "call_module" and node.target == GUARDS) or node.target is aten._assert_tensor_metadata.default
 
 
 def decompose_attention(node: Node, known: dict[object, Any]) -> None:
@@ -52,6 +62,18 @@ def decompose_attention(node: Node, known: dict[object, Any]) -> None:
     result = emit.call(aten.matmul.default, weights, value)
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
+    _views_to_reshapes(result)
+
+
+def _views_to_reshapes(result: Node) -> None:
+    """Lets what moves a result's values read any strides: those of attention are the query's, the product's are not."""
+    waiting = list(result.users)
+    while waiting:
+        reader = waiting.pop()
+        if reader.target is aten.view.default:
+            reader.target = aten.reshape.default
+        if reader.target in MOVES:
+            waiting.extend(reader.users)
 
 
 def _mask(emit: Emitter, scores: Node, mask: Any, is_causal: bool) -> tuple[Node | None, Node]:

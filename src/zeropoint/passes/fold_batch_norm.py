@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,23 +13,29 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.plan import DECISION_KEY, Decision
-from zeropoint.graph.attributes import Names, attribute_reads, get_attribute, set_parameter
+from zeropoint.annotate.rules import WRITTEN_KEY
+from zeropoint.graph.attributes import Names, attribute_reads, set_parameter
+from zeropoint.graph.batch_norms import BATCH_NORMS, MULTIPLE, is_in_train_mode, keeps_statistics
 from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.compat import fake_like
-from zeropoint.graph.emit import inherit
+from zeropoint.graph.constants import constant_nodes, evaluate
+from zeropoint.graph.emit import Emitter, inherit
 from zeropoint.graph.graph_pass import graph_pass
-from zeropoint.graph.layers import LAYERS, LINEAR, TRANSPOSED, scale_outputs
+from zeropoint.graph.layers import (
+    CONVOLUTIONS,
+    LAYERS,
+    MOVES,
+    PRODUCTS,
+    TRANSPOSED,
+    as_linear,
+    axis_before,
+    scale_outputs,
+)
+from zeropoint.graph.memory import Memory
+from zeropoint.graph.no_ops import is_no_op
 from zeropoint.graph.source import describe
 
 aten = torch.ops.aten
-
-NO_TRAINING = (aten._native_batch_norm_legit_no_training.default, aten._batch_norm_no_update.default)
-ALWAYS_TRAINING = (aten._batch_norm_with_update.default,)
-MULTIPLE = (
-    aten._native_batch_norm_legit.default, aten._native_batch_norm_legit.no_stats, aten.native_batch_norm.default,
-    aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default, *NO_TRAINING, *ALWAYS_TRAINING,
-)  # fmt: skip
-BATCH_NORMS = (aten.batch_norm.default, *MULTIPLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +51,17 @@ class _Fold:
 def fold_batch_norm(model: GraphModule) -> None:
     """Multiplies weights and biases by what batch norm would, and removes it.
 
-    A batch norm that cannot be folded stays, with a decision that says why: its layer has another reader, it was
-    exported in train mode, it has no running statistics, what comes before it is no convolution or linear layer, or
-    it follows a linear layer along another axis than the layer's features. A weight that serves several batch norms
-    is folded once for each.
+    Between layer and batch norm may lie operators that do nothing or only move values. A product with a constant matrix
+    becomes a linear layer. A batch norm that cannot be folded stays, with a decision that says why: its layer has
+    another reader, it was exported in train mode, it has no running statistics, what comes before it is no convolution
+    or linear layer, or it is along another axis than the layer's channels. A weight that serves several batch norms is
+    folded once for each.
     """
-    tensors = _Tensors(model)
-    for norm in [n for n in model.graph.nodes if n.op == "call_function" and n.target in BATCH_NORMS]:
-        found = _find(model, norm)
+    norms = [n for n in model.graph.nodes if n.op == "call_function" and n.target in BATCH_NORMS]
+    tensors = _Tensors(model) if norms else None
+    for norm in norms:
+        assert tensors is not None
+        found = _find(norm, tensors)
         if isinstance(found, str):
             norm.meta[DECISION_KEY] = Decision("batch_norm", (norm,), f"batch norm is not folded: {found}")
         else:
@@ -59,10 +69,11 @@ def fold_batch_norm(model: GraphModule) -> None:
 
 
 class _Tensors:
-    """The model's parameters: which are read more than once, and those that are folded so far."""
+    """The model's tensors: which are constant, which are read more than once, and those that are folded so far."""
 
     def __init__(self, model: GraphModule) -> None:
         self.model, self.names = model, Names(model)
+        self.constants, self.memory = constant_nodes(model), Memory(model.graph)
         self.folded: dict[tuple[object, ...], tuple[Node, Node]] = {}
         self._readers = Counter[str]()
         for node in attribute_reads(model.graph):
@@ -73,41 +84,69 @@ class _Tensors:
         return self._readers[str(node.target)] == 1
 
 
-def _find(model: GraphModule, norm: Node) -> _Fold | str:
+def _find(norm: Node, tensors: _Tensors) -> _Fold | str:
     """Returns what can be folded, or the reason why nothing can."""
-    layer, result = argument(norm, "input"), norm
+    if is_in_train_mode(norm):
+        return "it was exported in train mode and normalizes by each batch; export model.eval()"
+    if not keeps_statistics(norm):
+        return "it keeps no running statistics and normalizes by each batch"
+    result = norm
     if norm.target in MULTIPLE:
         taken = {user.args[1]: user for user in norm.users if user.target is operator.getitem}
         if len(taken) != len(norm.users) or 0 not in taken or any(user.users for i, user in taken.items() if i):
             return "its statistics are read too"
         result = taken[0]
-    if layer.target not in LAYERS:
-        return f"its input {describe(layer)} is no convolution or linear layer"
-    if len(layer.users) > 1:
-        others = ", ".join(user.name for user in layer.users if user is not norm)
-        return f"{layer.name} is read by {others} too"
-    trains = norm.target in ALWAYS_TRAINING or argument(norm, "training") or argument(norm, "train")
-    if norm.target not in NO_TRAINING and trains:
-        return "it was exported in train mode and normalizes by each batch; export model.eval()"
-    if not all(isinstance(argument(norm, name), Node) for name in ("running_mean", "running_var")):
-        return "it keeps no running statistics and normalizes by each batch"
-    if layer.target in LINEAR and layer.meta["val"].dim() != 2:
-        return f"{layer.name} returns {layer.meta['val'].dim()} dimensions, so batch norm is not along its features"
-    if layer.target not in LINEAR and layer.meta["val"].dim() != argument(layer, "weight").meta["val"].dim():
+    between, layer, axis = _before(norm, tensors.memory)
+    is_product = layer.target in PRODUCTS and as_linear(layer, tensors.constants) is not None
+    if layer.target not in LAYERS and not is_product:
+        place = "what comes before it," if between else "its input"
+        return f"{place} {describe(layer)} is no convolution or linear layer"
+    for node, reader in pairwise((layer, *reversed(between), norm)):
+        if len(node.users) > 1:
+            others = ", ".join(user.name for user in node.users if user is not reader)
+            return f"{node.name} is read by {others} too"
+    return _other_axis(layer, axis) or _unknown_tensor(layer, norm, tensors) or _Fold(layer, norm, result)
+
+
+def _before(norm: Node, memory: Memory) -> tuple[list[Node], Node, int]:
+    """Returns the nodes before a batch norm that keep its channels on one axis, what they read, and that axis there."""
+    between: list[Node] = []
+    node, axis = argument(norm, "input"), 1
+    while True:
+        before = axis if is_no_op(node, memory) else axis_before(node, axis) if node.target in MOVES else None
+        if before is None:
+            return between, node, axis
+        between.append(node)
+        node, axis = node.all_input_nodes[0], before
+
+
+def _other_axis(layer: Node, axis: int) -> str | None:
+    """Returns how batch norm lies where it is not along the layer's channels."""
+    dimensions = layer.meta["val"].dim()
+    is_convolution = layer.target in (*CONVOLUTIONS, *TRANSPOSED)
+    if is_convolution and dimensions != argument(layer, "weight").meta["val"].dim():
         return f"{layer.name} has no batch axis, so batch norm is not along its channels"
-    return _unknown_tensor(layer, norm) or _Fold(layer, norm, result)
+    channels = 1 if is_convolution else dimensions - 1
+    if axis == channels:
+        return None
+    return f"it is along axis {axis} of {layer.name}, whose channels are along axis {channels}"
 
 
-def _unknown_tensor(layer: Node, norm: Node) -> str | None:
+def _unknown_tensor(layer: Node, norm: Node, tensors: _Tensors) -> str | None:
     """Returns why a tensor of layer or norm is not at hand: it is computed, not a parameter."""
-    read = [argument(layer, "weight"), argument(layer, "bias")]
-    read += [argument(norm, name) for name in ("weight", "bias", "running_mean", "running_var")]
-    computed = [node.name for node in read if isinstance(node, Node) and node.op != "get_attr"]
-    return f"{computed[0]} is computed at run time" if computed else None
+    own = [argument(layer, name) for name in ("weight", "bias")] if layer.target in LAYERS else []
+    read = [argument(norm, name) for name in ("weight", "bias", "running_mean", "running_var")]
+    changing = [node for node in own if isinstance(node, Node) and node not in tensors.constants]
+    changing += [n for n in read if isinstance(n, Node) and n.op != "get_attr" and n not in tensors.constants]
+    if not changing:
+        return None
+    does = "written to" if changing[0].op == "get_attr" else "computed"
+    return f"{changing[0].name} is {does} at run time"
 
 
 def _fold(fold: _Fold, tensors: _Tensors) -> None:
-    layer, norm = fold.layer, fold.norm
+    norm = fold.norm
+    layer = fold.layer if fold.layer.target in LAYERS else _linear_layer(fold.layer, tensors)
     key = (layer.target in TRANSPOSED, argument(layer, "groups", 1), *_tensors_key(layer, norm))
     if key not in tensors.folded:
         weight, bias = _folded_tensors(tensors.model, layer, norm)
@@ -115,11 +154,26 @@ def _fold(fold: _Fold, tensors: _Tensors) -> None:
     weight_node, bias_node = tensors.folded[key]
     set_argument(layer, "weight", weight_node)
     set_argument(layer, "bias", bias_node)
-    fold.result.replace_all_uses_with(layer)
+    fold.result.replace_all_uses_with(argument(norm, "input"))
     if "custom" in fold.result.meta:
         layer.meta["custom"] = {**layer.meta.get("custom", {}), **fold.result.meta["custom"]}
     for node in dict.fromkeys((*norm.users, norm)):
         layer.graph.erase_node(node)
+
+
+def _linear_layer(product: Node, tensors: _Tensors) -> Node:
+    """Replaces a product with a constant matrix by a linear layer, which can have a bias."""
+    found = as_linear(product, tensors.constants)
+    assert found is not None
+    source, transposed, bias = found
+    emit = Emitter(product, "fold_batch_norm")
+    weight = emit.call(aten.permute.default, transposed, [1, 0])
+    tensors.constants.add(weight)
+    layer = emit.call(aten.linear.default, source, weight, bias)
+    layer.meta[WRITTEN_KEY] = product.target
+    product.replace_all_uses_with(layer)
+    product.graph.erase_node(product)
+    return layer
 
 
 def _tensors_key(layer: Node, norm: Node) -> tuple[object, ...]:
@@ -130,7 +184,7 @@ def _tensors_key(layer: Node, norm: Node) -> tuple[object, ...]:
 
 
 def _tensor(model: GraphModule, node: Any) -> torch.Tensor | None:
-    return get_attribute(model, str(node.target)).detach().double() if isinstance(node, Node) else None
+    return evaluate(model, node).double() if isinstance(node, Node) else None
 
 
 @torch.no_grad()
@@ -140,7 +194,7 @@ def _folded_tensors(model: GraphModule, layer: Node, norm: Node) -> tuple[torch.
     ``y = (Wx + b - mean) * gamma / sqrt(var + eps) + beta`` (Ioffe and Szegedy 2015).
     """
     mean, variance = _tensor(model, argument(norm, "running_mean")), _tensor(model, argument(norm, "running_var"))
-    weight = get_attribute(model, str(argument(layer, "weight").target)).detach()
+    weight = evaluate(model, argument(layer, "weight"))
     assert mean is not None
     assert variance is not None
     epsilon = argument(norm, "eps")
@@ -157,14 +211,21 @@ def _folded_tensors(model: GraphModule, layer: Node, norm: Node) -> tuple[torch.
 def _new_parameters(layer: Node, weight: torch.Tensor, bias: torch.Tensor, tensors: _Tensors) -> tuple[Node, Node]:
     """Returns the nodes of the new tensors: at the old paths where no one else reads those, else at new ones."""
     weight_node, bias_node = (argument(layer, name) for name in ("weight", "bias"))
-    stem = str(weight_node.target).replace(".", "_")
+    stem = _path_behind(weight_node).replace(".", "_")
     placed = _place(layer, weight_node, weight, tensors, f"{stem}_folded_")
     return placed, _place(layer, bias_node, bias, tensors, f"{stem}_bias_")
 
 
+def _path_behind(node: Node) -> str:
+    """Returns the path of a parameter, or of the first of those that a constant is made of."""
+    while node.op != "get_attr":
+        node = node.all_input_nodes[0]
+    return str(node.target)
+
+
 def _place(layer: Node, old: Node | None, value: torch.Tensor, tensors: _Tensors, prefix: str) -> Node:
     model, graph = tensors.model, layer.graph
-    if old is not None and tensors.has_one_reader(old):
+    if old is not None and old.op == "get_attr" and tensors.has_one_reader(old):
         set_parameter(model, str(old.target), value)
         return old
     path = tensors.names.new(prefix)
@@ -173,4 +234,5 @@ def _place(layer: Node, old: Node | None, value: torch.Tensor, tensors: _Tensors
         node = graph.get_attr(path)
     node.meta["val"] = fake_like(argument(layer, "weight").meta["val"], value.shape)
     inherit(node, layer, "fold_batch_norm")
+    tensors.constants.add(node)
     return node

@@ -15,10 +15,11 @@ from torch.utils import _pytree as pytree
 
 from zeropoint.backends.xnnpack.edge import repair
 from zeropoint.backends.xnnpack.sound import GEMMS, SAME_SCALE, SIZE_RULES, check_sound, pads_itself
-from zeropoint.backends.xnnpack.transform import TO_LOWER, erase_no_ops, spell
+from zeropoint.backends.xnnpack.transform import TO_LOWER, spell
 from zeropoint.core.errors import LoweringError
 from zeropoint.core.extras import import_extra
 from zeropoint.graph.attributes import Names, get_attribute
+from zeropoint.graph.batch_norms import BATCH_NORMS
 from zeropoint.graph.bind import argument, reads, replace_read, set_argument
 from zeropoint.graph.capture import capture, require_exported
 from zeropoint.graph.chains import sole_reader
@@ -26,6 +27,7 @@ from zeropoint.graph.compat import is_tensor_value, largest_size
 from zeropoint.graph.emit import Emitter, complete_values
 from zeropoint.graph.inputs import as_inputs, check_inputs, free_axes, free_sizes, with_free_sizes
 from zeropoint.graph.layers import pads_with_zero
+from zeropoint.graph.no_ops import erase_no_ops
 from zeropoint.numerics import ops
 
 NAME = "xnnpack"
@@ -116,12 +118,7 @@ def give_each_layer_its_bias(model: GraphModule) -> None:
             continue
         path = str(bias.target)
         if path in seen:
-            own = names.new(f"{path.replace('.', '_')}_")
-            model.register_parameter(own, nn.Parameter(get_attribute(model, path).detach().clone()))
-            with node.graph.inserting_before(node):
-                read = node.graph.get_attr(own)
-            read.meta = dict(bias.meta)
-            set_argument(node, "bias", read)
+            _give_own_parameter(model, node, "bias", names.new(f"{path.replace('.', '_')}_"))
         seen.add(path)
 
 
@@ -161,8 +158,33 @@ def _quantized_again(emit: Emitter, source: Node, qparams: tuple[Any, ...], out_
     return emit.call(ops.DEQUANTIZE_PER_TENSOR, quantized, *qparams, **out_dtype)
 
 
+def give_each_batch_norm_its_weight(model: GraphModule) -> None:
+    """Copies the weight of a batch norm to a path that is a plain name.
+
+    executorch 1.4 names the convolution that it makes of a batch norm after that path, and looks for it by that name in
+    a graph, where ``0.weight`` became ``_0_weight`` (backends/xnnpack/_passes/decompose_batch_norm.py).
+    """
+    names = Names(model)
+    for node in [node for node in model.graph.nodes if node.target in BATCH_NORMS]:
+        weight = argument(node, "weight")
+        if isinstance(weight, Node) and weight.op == "get_attr":
+            _give_own_parameter(model, node, "weight", names.new("batch_norm_weight_"))
+
+
+def _give_own_parameter(model: GraphModule, node: Node, name: str, path: str) -> None:
+    """Makes an argument of the node read a copy of its parameter at a new path."""
+    read = argument(node, name)
+    value = get_attribute(model, str(read.target)).detach().clone()
+    model.register_parameter(path, nn.Parameter(value, requires_grad=False))
+    with node.graph.inserting_before(node):
+        own = node.graph.get_attr(path)
+    own.meta = dict(read.meta)
+    set_argument(node, name, own)
+
+
 def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> LoweredProgram:
     import_extra("executorch.kernels.quantized", "executorch")
+    give_each_batch_norm_its_weight(model)
     model.recompile()
     exported = _exported(model, as_inputs(example_inputs, EXAMPLES), dynamic_shapes)
     check_sound(exported.graph_module, SIZE_RULES)

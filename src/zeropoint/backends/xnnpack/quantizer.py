@@ -7,7 +7,8 @@ from torch.fx import GraphModule
 from zeropoint.annotate.table_quantizer import TableQuantizer
 from zeropoint.backends.xnnpack.config import POLICY
 from zeropoint.backends.xnnpack.table import TABLE
-from zeropoint.backends.xnnpack.transform import TO_ANNOTATE, erase_no_ops, spell
+from zeropoint.backends.xnnpack.transform import TO_ANNOTATE, spell
+from zeropoint.graph.no_ops import erase_no_ops
 
 
 class XNNPACKQuantizer(TableQuantizer):

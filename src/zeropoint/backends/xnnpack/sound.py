@@ -15,8 +15,10 @@ from torch.fx import GraphModule, Node
 from zeropoint.backends.xnnpack.conditions import pads_space_with_zero
 from zeropoint.core.errors import LoweringError
 from zeropoint.graph.attributes import get_attribute
+from zeropoint.graph.batch_norms import BATCH_NORMS, is_in_train_mode
 from zeropoint.graph.bind import argument, reads
 from zeropoint.graph.chains import sole_reader
+from zeropoint.graph.no_ops import DROPOUTS
 from zeropoint.graph.source import describe
 from zeropoint.numerics import ops
 
@@ -87,6 +89,15 @@ def _output_quantize(node: Node) -> Node | None:
     if reader is not None and reader.target in FUSED:
         reader = sole_reader(reader)
     return reader if reader is not None and reader.target is STATIC_Q else None
+
+
+def is_in_eval_mode(model: GraphModule, node: Node) -> tuple[str, str] | None:
+    """Dropout and batch norm of an export in train mode: no file with them loads, or results are random."""
+    del model
+    drops = node.target in DROPOUTS and argument(node, "train")
+    if drops or (node.target in BATCH_NORMS and is_in_train_mode(node)):
+        return "it was exported in train mode", "Export model.eval()."
+    return None
 
 
 def activations_are_int8(model: GraphModule, node: Node) -> tuple[str, str] | None:
@@ -259,8 +270,9 @@ def batch_of_mean_is_known(model: GraphModule, node: Node) -> tuple[str, str] | 
 SIZE_RULES: tuple[Rule, ...] = (batch_of_mean_is_known,)
 """What depends on the sizes that lowering leaves free: checked on the program that is lowered."""
 RULES: tuple[Rule, ...] = (
-    has_a_kernel, activations_are_int8, factors_are_float, output_is_quantized, input_is_quantized, weight_is_stored,
-    weight_is_symmetric, channel_axis_has_a_kernel, groups_have_a_kernel, bias_is_float, bias_fits_int32,
+    is_in_eval_mode, has_a_kernel, activations_are_int8, factors_are_float, output_is_quantized, input_is_quantized,
+    weight_is_stored, weight_is_symmetric, channel_axis_has_a_kernel, groups_have_a_kernel, bias_is_float,
+    bias_fits_int32,
     rescaling_is_below_256, scales_are_equal, *SIZE_RULES,
 )  # fmt: skip
 

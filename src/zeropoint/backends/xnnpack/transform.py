@@ -17,39 +17,10 @@ from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.emit import Emitter
 from zeropoint.graph.graph_pass import remove_dead_code
-from zeropoint.graph.layers import pads_with_zero
-from zeropoint.graph.memory import Memory
+from zeropoint.graph.layers import as_linear, pads_with_zero
 
 aten = torch.ops.aten
 PASS = "xnnpack.transform"
-COPIES = (aten.clone.default, aten.lift_fresh_copy.default)
-CONVERSIONS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
-"""Operators that return their input itself where it is of the wanted type already."""
-
-
-def erase_no_ops(model: GraphModule) -> None:
-    """Removes dropout in eval mode, clones, detaches, conversions to what a tensor is: each would break a pattern."""
-    memory = Memory(model.graph)
-    for node in list(model.graph.nodes):
-        if _is_no_op(node, memory):
-            node.replace_all_uses_with(node.args[0])
-            model.graph.erase_node(node)
-
-
-def _is_no_op(node: Node, memory: Memory) -> bool:
-    if node.target in (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default):
-        return not argument(node, "train")
-    if node.target in COPIES:  # A copy is one for the sake of what is written to it, or to what it was made of.
-        written = any(memory.is_written(each) for each in (node, *node.all_input_nodes))
-        return not written and argument(node, "memory_format") is None
-    if node.target in CONVERSIONS:
-        return not argument(node, "copy") and argument(node, "memory_format") is None and _keeps_type(node)
-    return node.target in (aten.detach.default, aten.alias.default)
-
-
-def _keeps_type(node: Node) -> bool:
-    before, after = node.all_input_nodes[0].meta["val"], node.meta["val"]
-    return (before.dtype, before.device, before.layout) == (after.dtype, after.device, after.layout)
 
 
 def spell(model: GraphModule, spellings: Spellings) -> None:
@@ -155,22 +126,13 @@ def _sizes(shape: Any) -> list[int]:
 
 def _matmul_to_linear(place: _Place) -> None:
     """A product with a constant matrix is a linear layer."""
-    names = ("mat1", "mat2") if place.node.target is aten.addmm.default else ("self", "other")
-    names = ("self", "mat2") if place.node.target is aten.mm.default else names
-    left, right = (place.argument(name) for name in names)
-    if right not in place.constants or left in place.constants or right.meta["val"].dim() != 2:
+    found = as_linear(place.node, place.constants)
+    if found is None:
         return
-    bias = place.argument("self") if place.node.target is aten.addmm.default else None
-    if bias is not None and not _is_plain_bias(place, bias):
-        return
-    weight = place.emit.call(aten.permute.default, right, [1, 0])
+    source, transposed, bias = found
+    weight = place.emit.call(aten.permute.default, transposed, [1, 0])
     place.constants.add(weight)
-    place.replace(place.emit.call(aten.linear.default, left, weight, bias))
-
-
-def _is_plain_bias(place: _Place, bias: Node) -> bool:
-    factors = (place.argument("alpha"), place.argument("beta"))
-    return factors == (1, 1) and bias.op == "get_attr" and bias in place.constants and bias.meta["val"].dim() == 1
+    place.replace(place.emit.call(aten.linear.default, source, weight, bias))
 
 
 def _explicit_padding(place: _Place) -> None:

@@ -1,0 +1,53 @@
+"""Which operators do nothing."""
+
+import models
+import pytest
+import torch
+from torch.nn import functional as F
+
+from zeropoint.graph.memory import Memory
+from zeropoint.graph.no_ops import erase_no_ops, is_no_op
+from zeropoint.passes.canonicalize import canonicalize
+
+X = torch.randn(2, 3)
+
+
+def added(x):
+    y = x + 1
+    z = y.clone()
+    y.add_(1)
+    return y * z
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "expected"),
+    [
+        (lambda x: F.dropout(x + 1, training=False) * 2, "dropout", True),
+        (lambda x: F.dropout(x + 1, training=True) * 2, "dropout", False),
+        (lambda x: F.dropout1d(x + 1, training=False) * 2, "feature_dropout", True),
+        (lambda x: F.alpha_dropout(x + 1, training=False) * 2, "alpha_dropout", True),
+        (lambda x: F.feature_alpha_dropout(x + 1, training=True) * 2, "feature_alpha_dropout", False),
+        (lambda x: (x + 1).clone() * 2, "clone", True),
+        (added, "clone", False),
+        (lambda x: (x + 1).detach() * 2, "detach", True),
+        (lambda x: (x + 1).float() * 2, "to", True),
+        (lambda x: (x + 1).double() * 2, "to", False),
+        (lambda x: (x + 1).to(torch.float32, copy=True) * 2, "to", False),
+        (lambda x: (x + 1).expand(2, 3) * 2, "expand", True),
+        (lambda x: (x + 1).expand(2, 2, 3) * 2, "expand", False),
+        (lambda x: torch.relu(x + 1) * 2, "relu", False),
+    ],
+)
+def test_is_no_op(function, name, expected):
+    model = models.export(models.Applied(lambda m, x: function(x)), X)
+    node = models.find(model, name)
+    assert is_no_op(node, Memory(model.graph)) == expected
+
+
+def test_what_does_nothing_is_erased():
+    model = models.export(models.Applied(lambda m, x: F.dropout((x + 1).float().detach(), 0.5, False) * 2), X)
+    canonicalize(model)
+    erase_no_ops(model)
+    model.recompile()
+    assert [models.name_of(node) for node in model.graph.nodes] == ["placeholder", "add", "mul", "output"]
+    assert torch.equal(model(X), (X + 1) * 2)
