@@ -278,6 +278,16 @@ def test_buffers_of_the_users_model_are_not_written_to(monkeypatch):
     assert not model.seen.any()
 
 
+def test_buffers_of_the_result_begin_as_the_users(monkeypatch):
+    model = Counts()
+    model.seen.fill_(3.0)
+    data = [(torch.randn(2, 4),) for _ in range(3)]
+    result = quantize_without_runtime(monkeypatch, model, data[0], data)
+    assert torch.equal(result.model.seen, torch.full((4,), 3.0))
+    result.model(*data[0])
+    assert not torch.equal(result.model.seen, torch.full((4,), 3.0))
+
+
 @pytest.mark.parametrize("wrong", [XNNPACKQuantizer, get_default_quantization_config(), 3])
 def test_what_is_no_quantizer(monkeypatch, wrong):
     with pytest.raises(SpecError, match=r"no quantizer object.*XNNPACKQuantizer\(\)\.set_global\(config\)"):

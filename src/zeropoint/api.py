@@ -173,16 +173,30 @@ def quantize(
     with stages.stage("correct biases"):
         correct_biases(converted, data.kept, reference)
         refresh_biases(converted)
+        _restart(converted, float_model)
     with stages.stage("lower"):
         lowered = xnnpack.lower_program(converted, example_inputs)
     with stages.stage("verify"):
         compared = data.kept[:COMPARED_BATCHES]
         verification = verify_file(lowered.pte, converted, compared, xnnpack.lower) if verify else None
-        float_sqnr = min(_compare(float_model, converted, inputs) for inputs in compared)
+        _restart(converted, float_model)
+        float_sqnr = _float_sqnr(float_model, converted, compared)
     return QuantizedModel(
         converted, lowered.pte, record_of(converted), lowered.delegates, lowered.outside, float_sqnr, verification,
         dict(stages.seconds), lowered.free,
     )  # fmt: skip
+
+
+def _restart(model: GraphModule, beginning: GraphModule) -> None:
+    """Gives the buffers that the model writes to the values that they have in another one, which was not run yet."""
+    for path in mutated_attributes(model.graph):
+        set_parameter(model, path, get_attribute(beginning, path).detach().clone())
+
+
+def _float_sqnr(float_model: GraphModule, converted: GraphModule, batches: Sequence[tuple[Any, ...]]) -> float:
+    """Returns the lowest SQNR of the converted model against the float one, both run on copies of their buffers."""
+    models = _copy(float_model), _copy(converted)
+    return min(_compare(*models, inputs) for inputs in batches)
 
 
 def _check_accuracy(accuracy: Sequence[str]) -> None:

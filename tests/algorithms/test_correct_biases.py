@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import zeropoint as zp
-from zeropoint.algorithms.correct_biases import channel_means, correct_biases, significant
+from zeropoint.algorithms.correct_biases import channel_means, correct_biases, last_reads, live_bytes, significant
 from zeropoint.backends.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config
 from zeropoint.graph.bind import argument
 from zeropoint.graph.layers import LAYERS
@@ -82,3 +82,18 @@ def test_chance_is_not_corrected():
     assert (kept[:500] != 0).all()
     assert (kept[500:] != 0).float().mean() < 0.1
     assert torch.equal(significant(noise[:1]), torch.zeros(1000))
+
+
+def test_as_many_batches_are_used_as_fit_in_memory(quantized, monkeypatch):
+    graph, model, batches = quantized
+    whole = channel_means(graph, batches)
+    of_two = {name: means[:8] for name, means in whole.items()}
+    expected, actual = copy.deepcopy(model), copy.deepcopy(model)
+    changed = correct_biases(expected, batches[:2], of_two)
+    activation = 4 * 16 * 64 * 4  # Bytes of the largest one, of a batch of four.
+    live = live_bytes(model, batches[0], last_reads(model))
+    assert 2 * activation <= live < 3 * activation
+    monkeypatch.setattr("zeropoint.algorithms.correct_biases.LIVE_BYTES", 2 * live)
+    assert correct_biases(actual, batches, whole) == changed != []
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, actual.state_dict()[name])

@@ -1,5 +1,8 @@
 """The end of a pipeline, and what must hold then."""
 
+import copy
+import io
+
 import models
 import pytest
 import quantizers
@@ -12,9 +15,20 @@ from zeropoint.graph.invariants import Invariant, check_invariants
 from zeropoint.numerics import ops
 from zeropoint.passes.finish import finish
 from zeropoint.passes.invariants import CONVERTED
-from zeropoint.workflow import prepare_pt2e
+from zeropoint.workflow import convert_pt2e, prepare_pt2e
 
 aten = torch.ops.aten
+
+
+def test_what_was_saved_whole_loads():
+    _, inputs = models.linear()
+    model = prepare_pt2e(models.exported(models.linear), quantizers.ByHand(quantizers.static))
+    model(*inputs)
+    for each in (model, convert_pt2e(copy.deepcopy(model))):
+        file = io.BytesIO()
+        torch.save(each, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=False)(*inputs), each(*inputs))
 
 
 def test_only_what_the_graph_reads_is_kept():

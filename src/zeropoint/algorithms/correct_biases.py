@@ -19,6 +19,8 @@ from zeropoint.graph.layers import LAYERS, channel_axis
 from zeropoint.numerics import ops
 from zeropoint.passes.round_biases import bias_scale, on_grid
 
+LIVE_BYTES = 2**29
+"""How much memory the values on the way may take: as many of the batches are used as fit, and one at least."""
 SIGNIFICANCE = 2.0
 """A shift is corrected when it is at least so many times its own standard error over the samples."""
 
@@ -45,11 +47,14 @@ def correct_biases(
 
     Args:
         converted: what ``convert_pt2e`` returned; its biases are changed, and stay on their int32 grid.
-        batches: the inputs that ``reference`` was computed on.
+        batches: the inputs that ``reference`` was computed on; the first of them are used, as many as fit in memory.
         reference: ``channel_means`` of the float model.
     """
+    if not reference:
+        return []
+    last_read = last_reads(converted)
+    batches = batches[: max(1, LIVE_BYTES // max(1, live_bytes(converted, batches[0], last_read)))]
     values: list[dict[Node, Any]] = [_inputs(converted, inputs) for inputs in batches]
-    last_read = _last_reads(converted)
     changed: list[str] = []
     for node in converted.graph.nodes:
         if node.op in ("placeholder", "output"):
@@ -69,7 +74,7 @@ def _inputs(model: GraphModule, inputs: tuple[Any, ...]) -> dict[Node, Any]:
     return dict(zip(placeholders, pytree.tree_leaves(inputs), strict=True))
 
 
-def _last_reads(model: GraphModule) -> dict[Node, list[Node]]:
+def last_reads(model: GraphModule) -> dict[Node, list[Node]]:
     """Returns the nodes whose value is read for the last time by each node."""
     last: dict[Node, Node] = {}
     for node in model.graph.nodes:
@@ -78,6 +83,19 @@ def _last_reads(model: GraphModule) -> dict[Node, list[Node]]:
     for read, reader in last.items():
         found.setdefault(reader, []).append(read)
     return found
+
+
+def live_bytes(model: GraphModule, inputs: tuple[Any, ...], last_read: dict[Node, list[Node]]) -> int:
+    """Returns the most memory that tensors on the way from one batch of inputs to the outputs take at once."""
+    known, most = _inputs(model, inputs), 0
+    for node in model.graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            known[node] = _run(model, node, known)
+        computed = [value for each, value in known.items() if each.op != "get_attr" and isinstance(value, torch.Tensor)]
+        most = max(most, sum({value.data_ptr(): value.nbytes for value in computed}.values()))
+        for finished in last_read.get(node, ()):
+            known.pop(finished, None)
+    return most
 
 
 def _run(model: GraphModule, node: Node, known: dict[Node, Any]) -> Any:
@@ -101,7 +119,8 @@ def _correct(model: GraphModule, layer: Node, values: list[dict[Node, Any]], ref
         or argument(layer, "weight").target not in ops.DEQUANTIZE_OPS
     ):
         return False
-    shift = reference - torch.cat([_means(layer, known[layer]) for known in values])
+    means = torch.cat([_means(layer, known[layer]) for known in values])
+    shift = reference[: len(means)] - means
     wanted = significant(shift)
     before = get_attribute(model, str(bias.target)).detach()
     after = on_grid(before + wanted.to(before.dtype), scale)

@@ -13,6 +13,7 @@ def finish(model: GraphModule) -> GraphModule:
         setattr(model, path, finish(body))
     model.graph.lint()
     finished = GraphModule(model, model.graph, type(model).__name__)
+    finished._tracer_cls = finished.graph._tracer_cls = None  # That of export cannot be built again by unpickling.
     finished.meta = dict(model.meta)
     finished.train(model.training)
     _leave_unsaved(finished, model)
