@@ -173,6 +173,14 @@ CASES = (
         lambda: through(Layer((6, 9)), lambda m, x: fake(m(F.pad(fake(x), (0, 1))), OUT)),
     ),
     Case(
+        sound.input_is_quantized, "linear", "its weight is quantized, but its input inputs_0 is float",
+        "Annotate its input and output.", lambda: through(Layer((6, 8)), lambda m, x: m(x)),
+    ),
+    Case(
+        sound.input_is_quantized, "conv2d", "its weight is quantized, but its input inputs_0 is float",
+        "Annotate its input and output.", lambda: through(conv(axis=None), lambda m, x: m(x)), PICTURE,
+    ),
+    Case(
         sound.weight_is_stored, "linear", "its weight is quantized at run time", "fold_quantize=True",
         lambda: Graph(at_run_time, nn.Linear(8, 6)),
     ),

@@ -188,14 +188,15 @@ def bias_is_float(model: GraphModule, node: Node) -> tuple[str, str] | None:
 
 
 def input_is_quantized(model: GraphModule, node: Node) -> tuple[str, str] | None:
-    """A layer with quantized weight and output, but something in float between its dequantize and itself."""
+    """A layer with a quantized weight reads integers; per-channel convolutions alone are right in float as well."""
     del model
-    if not _has_quantized_weight(node) or _output_quantize(node) is None:
+    if not _has_quantized_weight(node) or (source := _input_of(node)).target in ops.DEQUANTIZE_OPS:
         return None
-    source = _input_of(node)
-    if source.target in ops.DEQUANTIZE_OPS:
+    if _output_quantize(node) is not None:
+        return f"its weight and output are quantized, but its input {source.name} is float", "Annotate its input."
+    if node.target in CONV and argument(node, "weight").target is ops.DEQUANTIZE_PER_CHANNEL:
         return None
-    return f"its weight and output are quantized, but its input {source.name} is float", "Annotate its input."
+    return f"its weight is quantized, but its input {source.name} is float", "Annotate its input and output."
 
 
 def rescaling_is_below_256(model: GraphModule, node: Node) -> tuple[str, str] | None:
@@ -272,8 +273,7 @@ SIZE_RULES: tuple[Rule, ...] = (batch_of_mean_is_known,)
 RULES: tuple[Rule, ...] = (
     is_in_eval_mode, has_a_kernel, activations_are_int8, factors_are_float, output_is_quantized, input_is_quantized,
     weight_is_stored, weight_is_symmetric, channel_axis_has_a_kernel, groups_have_a_kernel, bias_is_float,
-    bias_fits_int32,
-    rescaling_is_below_256, scales_are_equal, *SIZE_RULES,
+    bias_fits_int32, rescaling_is_below_256, scales_are_equal, *SIZE_RULES,
 )  # fmt: skip
 
 
