@@ -559,6 +559,31 @@ def test_batch_norm_that_is_left_in_modules_that_are_numbers(norm: nn.Module):
     assert torch.allclose(actual[0], net(*inputs), atol=1e-4)
 
 
+ONE_DIMENSION = (
+    nn.BatchNorm1d(6),
+    nn.Conv1d(6, 6, 3, stride=2, padding=1, dilation=2, groups=2),
+    nn.Conv1d(6, 6, 3, padding="same"),
+    nn.ConvTranspose1d(6, 6, 3, stride=2, padding=1, output_padding=1),
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", ONE_DIMENSION, ids=str)
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Sigmoid()], ids=str)
+def test_a_float_operator_of_one_dimension_between_quantized_ones(layer: nn.Module, activation: nn.Module):
+    """executorch's lowering takes it for a quantized one, and fails."""
+    net = nn.Sequential(nn.Conv1d(4, 6, 3), nn.ReLU(), layer, activation, nn.Conv1d(6, 4, 3)).eval()
+    randomize_norms(net)
+    inputs = (torch.randn(2, 4, 16),)
+    quantizer = XNNPACKQuantizer().set_global(get_default_quantization_config()).set_module_name("2", None)
+    prepared = prepare_pt2e(export(net, *inputs), quantizer)
+    prepared(*inputs)
+    model = convert_pt2e(prepared)
+    lowered = lower_program(model, inputs)
+    assert (lowered.delegates, lowered.outside) == (1, ())
+    assert verify(lowered.pte, model, [inputs], lower).sqnr_db > 35
+
+
 def test_an_export_in_train_mode_is_refused_before_executorch_is_called():
     net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()).train()
     inputs = (torch.randn(PICTURE),)

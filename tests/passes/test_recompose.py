@@ -125,6 +125,8 @@ def test_products_that_are_no_linear_layer(function):
     ("module", "shape", "name"),
     [
         (nn.MaxPool2d(3, stride=2, padding=1, dilation=1, ceil_mode=True), (1, 3, 8, 8), "max_pool2d"),
+        (nn.BatchNorm2d(3, eps=0.1, momentum=0.3), (1, 3, 8, 8), "batch_norm"),
+        (nn.BatchNorm1d(3, affine=False), (2, 3), "batch_norm"),
         (nn.LayerNorm(8), (2, 3, 8), "layer_norm"),
         (nn.LayerNorm((3, 8), elementwise_affine=False, eps=0.1), (2, 3, 8), "layer_norm"),
         (nn.Softmax(dim=1), (2, 3, 8), "softmax"),
@@ -133,6 +135,7 @@ def test_products_that_are_no_linear_layer(function):
     ],
 )
 def test_other_operators(module, shape, name):
+    models.randomize_norms(module)
     assert recomposed(module, torch.randn(shape)) == [name]
 
 

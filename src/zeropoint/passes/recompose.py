@@ -40,6 +40,7 @@ class _Place:
         self.node, self.constants, self._known = node, constants, known
 
     def arguments(self, *names: str) -> tuple[Any, ...]:
+        """Returns the values of arguments of the node."""
         return tuple(argument(self.node, name) for name in names)
 
     def replace(self, results: list[Node], target: Any, *args: Any) -> None:
@@ -144,13 +145,17 @@ def _renamed(target: Any, *names: str) -> Callable[[_Place], None]:
     return rewrite
 
 
-def _first_result(target: Any, *names: str) -> Callable[[_Place], None]:
-    """Returns the rewriting of an operator of several results to one that returns the first of them."""
+def _first_result(target: Any, *taken: str | bool) -> Callable[[_Place], None]:
+    """Returns the rewriting of an operator of several results to one that returns the first of them.
+
+    ``taken`` are the names of the arguments that it takes of the other, and flags that it has besides.
+    """
 
     def rewrite(place: _Place) -> None:
         readers = list(place.node.users)
         if readers and all(reader.target is operator.getitem and reader.args[1] == 0 for reader in readers):
-            place.replace(readers, target, *place.arguments(*names))
+            args = (argument(place.node, each) if isinstance(each, str) else each for each in taken)
+            place.replace(readers, target, *args)
 
     return rewrite
 
@@ -165,6 +170,18 @@ REWRITINGS: dict[Any, Callable[[_Place], None]] = {
     aten._adaptive_avg_pool2d.default: _renamed(aten.adaptive_avg_pool2d.default, "self", "output_size"),
     aten.max_pool2d_with_indices.default: _first_result(
         aten.max_pool2d.default, "self", "kernel_size", "stride", "padding", "dilation", "ceil_mode"
+    ),
+    aten._native_batch_norm_legit_no_training.default: _first_result(
+        aten.batch_norm.default,
+        "input",
+        "weight",
+        "bias",
+        "running_mean",
+        "running_var",
+        False,
+        "momentum",
+        "eps",
+        False,
     ),
     aten.native_layer_norm.default: _first_result(
         aten.layer_norm.default, "input", "normalized_shape", "weight", "bias", "eps"

@@ -12,12 +12,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.rules import WRITTEN_KEY
-from zeropoint.graph.attributes import Names
+from zeropoint.graph.attributes import Names, get_attribute
 from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.emit import Emitter
 from zeropoint.graph.graph_pass import remove_dead_code
 from zeropoint.graph.layers import as_linear, pads_with_zero
+from zeropoint.graph.schema import schema_of
 
 aten = torch.ops.aten
 PASS = "xnnpack.transform"
@@ -56,11 +57,15 @@ class _Place:
 
     def constant(self, value: float) -> Node:
         """Returns the node of a new buffer that holds one number."""
+        return self.tensor(torch.tensor(float(value)))
+
+    def tensor(self, value: torch.Tensor) -> Node:
+        """Returns the node of a new buffer."""
         path = self.names.new("_tensor_constant_")
-        self.model.register_buffer(path, torch.tensor(float(value)))
+        self.model.register_buffer(path, value)
         with self.model.graph.inserting_before(self.node):
             read = self.model.graph.get_attr(path)
-        read.meta["val"] = self.node.meta["val"].new_empty(())
+        read.meta["val"] = self.node.meta["val"].new_empty(value.shape)
         self.constants.add(read)
         return read
 
@@ -168,7 +173,49 @@ def _pool_stride(place: _Place) -> None:
         set_argument(place.node, "stride", list(place.argument("kernel_size")))
 
 
-TO_LOWER: Spellings = {
+def _float_to_two_dimensions(place: _Place) -> None:
+    """A float operator of one dimension gets a second of size 1.
+
+    executorch 1.4 makes a 2d convolution of it, and where quantized values come or go, a quantized one, although the
+    weight is float (backends/xnnpack/_passes/conv1d_unsqueeze_pass.py): that fails.
+    """
+    node, x = place.node, place.argument("input")
+    sizes = _sizes(node.meta["val"].shape)
+    if x.meta["val"].dim() != 3 or sizes.count(-1) > 1 or not _has_float_weight(place):
+        if node.target is aten.conv1d.padding:
+            _explicit_padding(place)
+        return
+    wide = place.emit.call(aten.reshape.default, x, [*_sizes(x.meta["val"].shape), 1])
+    names = [name for name in schema_of(node.target).names if name != "input"]
+    rest = [_second_dimension(place, name) for name in names]
+    result = place.emit.call(TWO_DIMENSIONS[node.target], wide, *rest)
+    place.replace(place.emit.call(aten.reshape.default, result, sizes))
+
+
+TWO_DIMENSIONS: dict[Any, Any] = {
+    aten.conv1d.default: aten.conv2d.default,
+    aten.conv1d.padding: aten.conv2d.padding,
+    aten.conv_transpose1d.default: aten.conv_transpose2d.input,
+    aten.batch_norm.default: aten.batch_norm.default,
+}
+ALONG_SIZE_1 = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+"""What a convolution does along a dimension of size 1 that its kernel has too: nothing."""
+
+
+def _has_float_weight(place: _Place) -> bool:
+    weight = place.argument("weight")
+    return place.node.target is aten.batch_norm.default or (weight.op == "get_attr" and weight in place.constants)
+
+
+def _second_dimension(place: _Place, name: str) -> Any:
+    """Returns an argument of an operator of one dimension as one of two takes it."""
+    value = place.argument(name)
+    if name == "weight" and place.node.target is not aten.batch_norm.default:
+        return place.tensor(get_attribute(place.model, str(value.target)).detach().unsqueeze(-1))
+    return [*value, ALONG_SIZE_1[name]] if name in ALONG_SIZE_1 and isinstance(value, list) else value
+
+
+ALWAYS: Spellings = {
     aten.squeeze.default: _squeeze_to_view,
     aten.squeeze.dim: _squeeze_to_view,
     aten.squeeze.dims: _squeeze_to_view,
@@ -183,7 +230,10 @@ TO_LOWER: Spellings = {
 }
 """Rewritings that keep the pattern of q and dq around an operator."""
 
-TO_ANNOTATE: Spellings = TO_LOWER | {
+TO_LOWER: Spellings = ALWAYS | dict.fromkeys(TWO_DIMENSIONS, _float_to_two_dimensions)
+"""Rewritings of a graph with q and dq in place."""
+
+TO_ANNOTATE: Spellings = ALWAYS | {
     aten.add.Tensor: _number_to_buffer,
     aten.add_.Tensor: _number_to_buffer,
     aten.sub.Tensor: _number_to_buffer,
