@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -114,7 +115,7 @@ def _with_q_and_dq(node: Node, output: Node) -> Node:
 
 def _returns_tuple(model: GraphModule, count: int) -> None:
     """Makes the graph's output convention that of a tuple of tensors."""
-    codegen = model.graph._codegen
+    codegen: Any = model.graph._codegen
     if hasattr(codegen, "pytree_info"):
         spec = pytree.tree_structure((torch.empty(0),) * count)
-        codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)  # type: ignore[attr-defined]
+        codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
