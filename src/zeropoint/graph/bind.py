@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.fx import Node
 
@@ -16,8 +15,7 @@ PYTHON_ARGUMENTS = ((operator.getitem, ("sequence", "index")),)
 """Argument names of the Python functions in exported graphs that carry no schema; others are counted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Site:
+class Site(NamedTuple):
     """One place where a tensor is read or made.
 
     ``Site(conv, "weight")`` is what conv reads as ``weight``; ``Site(cat, "tensors", 1)`` the second tensor that cat
@@ -26,7 +24,7 @@ class Site:
 
     node: Node
     argument: str = ""
-    index: int | None = None
+    element: int | None = None
 
     @property
     def is_output(self) -> bool:
@@ -36,7 +34,7 @@ class Site:
     def __str__(self) -> str:
         if self.is_output:
             return f"{self.node.name}"
-        place = self.argument if self.index is None else f"{self.argument}[{self.index}]"
+        place = self.argument if self.element is None else f"{self.argument}[{self.element}]"
         return f"{self.node.name}.{place}"
 
 
@@ -89,9 +87,9 @@ def set_argument(node: Node, name: str, value: Any) -> None:
 
 def replace_read(site: Site, new: Node) -> None:
     """Makes the site read ``new``; other reads of the same node stay."""
-    if site.index is None:
+    if site.element is None:
         set_argument(site.node, site.argument, new)
         return
     items = bind(site.node)[site.argument]
-    changed = [new if i == site.index else item for i, item in enumerate(items)]
+    changed = [new if i == site.element else item for i, item in enumerate(items)]
     set_argument(site.node, site.argument, type(items)(changed) if type(items) in (list, tuple) else changed)

@@ -13,7 +13,16 @@ import torch
 
 WORTH_A_THREAD = 2**24
 """Bytes of fresh memory from which on another thread is started for them."""
-_of_thread = threading.local()
+
+
+class _Kept(threading.local):
+    """The tensors of a thread, by dtype."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[torch.dtype, torch.Tensor] = {}
+
+
+_kept = _Kept()
 
 
 def scratch(size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -21,11 +30,11 @@ def scratch(size: int, dtype: torch.dtype) -> torch.Tensor:
 
     What is kept is as large as the largest that was asked for; ask for pieces of bounded size.
     """
-    kept: dict[torch.dtype, torch.Tensor] = _of_thread.__dict__.setdefault("kept", {})
-    if dtype not in kept or len(kept[dtype]) < size:
+    kept = _kept.tensors.get(dtype)
+    if kept is None or kept.numel() < size:
         with torch.inference_mode(False):  # One made in inference mode could not be written to outside of it.
-            kept[dtype] = torch.empty(size, dtype=dtype, device="cpu")
-    return kept[dtype][:size]
+            kept = _kept.tensors[dtype] = torch.empty(size, dtype=dtype, device="cpu")
+    return kept[:size]
 
 
 class LateWrites:

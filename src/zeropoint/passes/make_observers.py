@@ -134,4 +134,4 @@ def _place(site: Site) -> EdgeOrNode:
     if site.is_output:
         return site.node
     value = bind(site.node)[site.argument]
-    return (value if site.index is None else value[site.index], site.node)
+    return (value if site.element is None else value[site.element], site.node)

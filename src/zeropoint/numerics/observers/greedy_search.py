@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 STEP = 1e-5
 """Share of the values that one step of a quantile leaves out."""
-AT_ONCE = 3
+AT_ONCE = 4
 """Steps whose errors are computed together: most searches take three to six, and a call costs as much as its sums."""
 
 
