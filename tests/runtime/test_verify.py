@@ -100,7 +100,7 @@ def test_inputs_and_outputs_of_every_kind():
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lowers whatever the graph says, as it is."""
     monkeypatch.setattr(lower_module, "check_sound", lambda model, rules=None: None)
-    monkeypatch.setattr(lower_module, "repair", lambda model: None)
+    monkeypatch.setattr(lower_module.edge, "repair", lambda model: None)
 
 
 def refused(function: Callable[..., Any], *layers: nn.Module) -> VerificationError:

@@ -35,6 +35,10 @@ PRODUCTS: dict[Any, tuple[str, str]] = {
     aten.matmul.default: ("self", "other"), aten.mm.default: ("self", "mat2"), aten.addmm.default: ("mat1", "mat2")
 }  # fmt: skip
 """Products of matrices, and the names of their factors."""
+CLAMPS = (
+    aten.relu.default, aten.relu_.default, aten.relu6.default, aten.hardtanh.default, aten.hardtanh_.default,
+)  # fmt: skip
+"""Activations that only clamp: backends compute them together with the layer before them."""
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 
 

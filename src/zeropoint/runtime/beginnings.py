@@ -13,13 +13,10 @@ from torch.utils import _pytree as pytree
 
 from zeropoint.graph.chains import ancestors, sole_reader
 from zeropoint.graph.graph_pass import remove_dead_code
+from zeropoint.graph.layers import CLAMPS
 from zeropoint.numerics import ops
 
-aten = torch.ops.aten
-FUSED = (
-    aten.relu.default, aten.relu_.default, aten.relu6.default, aten.hardtanh.default, aten.hardtanh_.default,
-    aten.clamp.default,
-)  # fmt: skip
+FUSED = (*CLAMPS, torch.ops.aten.clamp.default)
 """Activations that a backend may compute with the layer before them: the two are not cut apart."""
 Q_AND_DQ = (*ops.QUANTIZE_OPS, *ops.DEQUANTIZE_OPS)
 

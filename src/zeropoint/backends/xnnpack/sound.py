@@ -13,28 +13,31 @@ import torch
 from torch.fx import GraphModule, Node
 
 from zeropoint.backends.xnnpack.conditions import pads_space_with_zero
+from zeropoint.backends.xnnpack.table import (
+    CAT,
+    CONV,
+    CONV3D,
+    CONV_TRANSPOSE,
+    GLOBAL_POOL,
+    MAX_POOL,
+    MEAN,
+    PERMUTE,
+    SLICE,
+)
 from zeropoint.core.errors import LoweringError
 from zeropoint.graph.attributes import get_attribute
 from zeropoint.graph.batch_norms import BATCH_NORMS, is_in_train_mode
 from zeropoint.graph.bind import argument, reads
 from zeropoint.graph.chains import sole_reader
+from zeropoint.graph.layers import CLAMPS, LAYERS, VIEWS
 from zeropoint.graph.no_ops import DROPOUTS
 from zeropoint.graph.source import describe
 from zeropoint.numerics import ops
 
 aten = torch.ops.aten
 
-CONV3D = (aten.conv3d.default, aten.conv3d.padding, aten.conv_transpose3d.input)
-TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
-CONV = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding)
-GEMMS = (aten.linear.default, *CONV, *TRANSPOSED, *CONV3D)
-FUSED = (aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default)
-SAME_SCALE = (
-    aten.max_pool2d.default, aten.cat.default, aten.slice.Tensor, aten.permute.default, aten.transpose.int,
-    aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unsqueeze.default, aten.narrow.default,
-    aten.t.default, aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
-)  # fmt: skip
-MEANS = (aten.mean.dim, aten.adaptive_avg_pool2d.default)
+SAME_SCALE = (*MAX_POOL, *CAT, *SLICE, *PERMUTE, *VIEWS)
+MEANS = (*MEAN, *GLOBAL_POOL)
 PRODUCTS: dict[Any, str] = {aten.mm.default: "mat2", aten.addmm.default: "mat2", aten.matmul.default: "other"}
 """Products of matrices that are no layer, with the name of the right factor."""
 MAX_RESCALING = 256
@@ -57,7 +60,7 @@ Rule = Callable[[GraphModule, Node], "tuple[str, str] | None"]
 
 
 def _has_quantized_weight(node: Node) -> bool:
-    return node.target in GEMMS and argument(node, "weight").target in WEIGHT_DQ
+    return node.target in LAYERS and argument(node, "weight").target in WEIGHT_DQ
 
 
 def pads_itself(node: Node, padding: Node) -> bool:
@@ -86,7 +89,7 @@ def _is_static_gemm(node: Node) -> bool:
 def _output_quantize(node: Node) -> Node | None:
     """Returns the quantize after a layer and what is fused into it, where it is the only reader."""
     reader = sole_reader(node)
-    if reader is not None and reader.target in FUSED:
+    if reader is not None and reader.target in CLAMPS:
         reader = sole_reader(reader)
     return reader if reader is not None and reader.target is STATIC_Q else None
 
@@ -153,13 +156,13 @@ def weight_is_stored(model: GraphModule, node: Node) -> tuple[str, str] | None:
 def channel_axis_has_a_kernel(model: GraphModule, node: Node) -> tuple[str, str] | None:
     """Per-channel axis: 0, and 1 for transposed convolutions of one group."""
     del model
-    if node.target not in GEMMS or argument(node, "weight").target is not ops.DEQUANTIZE_PER_CHANNEL:
+    if node.target not in LAYERS or argument(node, "weight").target is not ops.DEQUANTIZE_PER_CHANNEL:
         return None
-    axis, wanted = argument(node, "weight").args[3], 1 if node.target in TRANSPOSED else 0
+    axis, wanted = argument(node, "weight").args[3], 1 if node.target in CONV_TRANSPOSE else 0
     if axis != wanted:
         return f"its weight has a scale for each index of axis {axis}", f"Use ch_axis={wanted}."
     groups = argument(node, "groups", 1)
-    if node.target in TRANSPOSED and groups != 1:
+    if node.target in CONV_TRANSPOSE and groups != 1:
         return f"groups={groups} with per-channel weights", "Use per-tensor weights for this layer."
     return None
 
@@ -167,7 +170,7 @@ def channel_axis_has_a_kernel(model: GraphModule, node: Node) -> tuple[str, str]
 def groups_have_a_kernel(model: GraphModule, node: Node) -> tuple[str, str] | None:
     """Weights with a scale per group: with a static input lowering fails, with a float one the result is garbage."""
     del model
-    if node.target not in GEMMS or argument(node, "weight").target is not GROUPED_DQ:
+    if node.target not in LAYERS or argument(node, "weight").target is not GROUPED_DQ:
         return None
     if _input_of(node).target in DYNAMIC_DQ:
         return None

@@ -10,7 +10,7 @@ import torch
 
 from zeropoint.annotate.patterns import ACT, BIAS, FOLLOW, SHARED, Pattern, Table, Weight
 from zeropoint.backends.xnnpack import conditions as c
-from zeropoint.graph.layers import PADS
+from zeropoint.graph.layers import CLAMPS, PADS, VIEWS
 
 aten = torch.ops.aten
 
@@ -19,8 +19,7 @@ CONV_TRANSPOSE = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
 CONV3D = (aten.conv3d.default, aten.conv3d.padding, aten.conv_transpose3d.input)
 LINEAR = (aten.linear.default,)
 RELU = (aten.relu.default, aten.relu_.default)
-FUSED_CLAMP = (*RELU, aten.relu6.default, aten.hardtanh.default, aten.hardtanh_.default)
-CLAMP = (*FUSED_CLAMP, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
+CLAMP = (*CLAMPS, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
 ADD = (aten.add.Tensor, aten.add_.Tensor)
 SUB = (aten.sub.Tensor, aten.sub_.Tensor)
 MUL = (aten.mul.Tensor, aten.mul_.Tensor)
@@ -28,10 +27,6 @@ CAT = (aten.cat.default,)
 MAX_POOL = (aten.max_pool2d.default,)
 MEAN = (aten.mean.dim,)
 GLOBAL_POOL = (aten.adaptive_avg_pool2d.default,)
-VIEW = (
-    aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.default,
-    aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
-)  # fmt: skip
 PERMUTE = (aten.permute.default, aten.transpose.int, aten.t.default)
 SLICE = (aten.slice.Tensor, aten.narrow.default)
 
@@ -41,14 +36,14 @@ TWO = {"self": ACT, "other": ACT}
 
 PATTERNS = (
     Pattern(
-        "linear", (LINEAR, FUSED_CLAMP), GEMM, when=(c.weight_is_constant, c.bias_is_constant), dynamic=(c.per_channel,)
+        "linear", (LINEAR, CLAMPS), GEMM, when=(c.weight_is_constant, c.bias_is_constant), dynamic=(c.per_channel,)
     ),
     Pattern(
-        "conv", (CONV, FUSED_CLAMP), GEMM, when=(c.weight_is_constant, c.bias_is_constant, c.has_a_batch),
+        "conv", (CONV, CLAMPS), GEMM, when=(c.weight_is_constant, c.bias_is_constant, c.has_a_batch),
         before=PADS, before_when=(c.pads_space_with_zero,), dynamic=(c.per_channel, c.two_dimensional, c.not_depthwise),
     ),
     Pattern(
-        "conv_transpose", (CONV_TRANSPOSE, FUSED_CLAMP), TRANSPOSED_GEMM,
+        "conv_transpose", (CONV_TRANSPOSE, CLAMPS), TRANSPOSED_GEMM,
         when=(c.weight_is_constant, c.bias_is_constant, c.has_a_batch, c.one_group_or_per_tensor),
     ),
     Pattern("add", (ADD, RELU), TWO, when=(c.both_are_tensors, c.alpha_is_one, c.not_a_mask, c.not_attention_scores)),
@@ -61,7 +56,7 @@ PATTERNS = (
         "adaptive_avg_pool2d", (GLOBAL_POOL,), {"self": FOLLOW}, when=(c.output_is_one_pixel, c.batch_is_known)
     ),
     Pattern("clamp", (CLAMP,), {"self": FOLLOW}, output=SHARED),
-    Pattern("view", (VIEW,), {"self": FOLLOW}, output=SHARED, when=(c.at_most_six_dimensions,)),
+    Pattern("view", (VIEWS,), {"self": FOLLOW}, output=SHARED, when=(c.at_most_six_dimensions,)),
     Pattern("permute", (PERMUTE,), {"self": FOLLOW}, output=SHARED, when=(c.at_most_six_dimensions,)),
     Pattern("slice", (SLICE,), {"self": FOLLOW}, output=SHARED, when=(c.slice_has_a_kernel,)),
 )  # fmt: skip

@@ -1,0 +1,98 @@
+"""Repairs of a converted graph whose q/dq forms the delegate would compute wrongly, before it is exported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from zeropoint.backends.xnnpack.sound import SAME_SCALE, pads_itself
+from zeropoint.graph.attributes import Names, get_attribute
+from zeropoint.graph.batch_norms import BATCH_NORMS
+from zeropoint.graph.bind import argument, reads, replace_read, set_argument
+from zeropoint.graph.chains import sole_reader
+from zeropoint.graph.emit import Emitter
+from zeropoint.graph.layers import LAYERS, pads_with_zero
+from zeropoint.numerics import ops
+
+
+def repair(model: GraphModule) -> None:
+    """Gives each operator quantizers and parameters such as the delegate wants them; what is computed stays."""
+    give_each_padding_its_quantize(model)
+    give_each_move_one_scale(model)
+    give_each_layer_its_bias(model)
+
+
+def give_each_layer_its_bias(model: GraphModule) -> None:
+    """Clones a bias that several layers read: the delegate would quantize it once, with the first one's scale."""
+    names = Names(model)
+    seen: set[str] = set()
+    for node in list(model.graph.nodes):
+        bias = argument(node, "bias") if node.target in LAYERS else None
+        if not isinstance(bias, Node) or bias.op != "get_attr":
+            continue
+        path = str(bias.target)
+        if path in seen:
+            _give_own_parameter(model, node, "bias", names.new(f"{path.replace('.', '_')}_"))
+        seen.add(path)
+
+
+def give_each_move_one_scale(model: GraphModule) -> None:
+    """Requantizes what an operator that only moves or picks values reads, where its output has another scale.
+
+    Before or after it is the same: values are rounded one by one, and rounding keeps their order.
+    """
+    for node in list(model.graph.nodes):
+        reader = sole_reader(node)
+        if node.target not in SAME_SCALE or reader is None or reader.target is not ops.QUANTIZE_PER_TENSOR:
+            continue
+        for site, source in list(reads(node)):
+            if source.target is ops.DEQUANTIZE_PER_TENSOR and source.args[1:5] != reader.args[1:5]:
+                emit = Emitter(node, "give_each_move_one_scale")
+                replace_read(site, _quantized_again(emit, source, reader.args[1:], source.kwargs))
+
+
+def give_each_padding_its_quantize(model: GraphModule) -> None:
+    """Quantizes what zero padding of quantized values returns, unless a convolution pads itself; else no file loads.
+
+    That changes nothing: each value is on the grid of the input already, and 0 is on every grid.
+    """
+    for node in [n for n in model.graph.nodes if pads_with_zero(n)]:
+        source = node.all_input_nodes[0]
+        if source.target is not ops.DEQUANTIZE_PER_TENSOR:
+            continue
+        for reader in list(node.users):
+            if reader.target is not ops.QUANTIZE_PER_TENSOR and not pads_itself(reader, node):
+                emit = Emitter(reader, "give_each_padding_its_quantize")
+                reader.replace_input_with(node, _quantized_again(emit, node, source.args[1:], source.kwargs))
+
+
+def _quantized_again(emit: Emitter, source: Node, qparams: tuple[Any, ...], out_dtype: dict[str, Any]) -> Node:
+    """Returns the source quantized and dequantized by the given scale and zero point."""
+    quantized = emit.call(ops.QUANTIZE_PER_TENSOR, source, *qparams)
+    return emit.call(ops.DEQUANTIZE_PER_TENSOR, quantized, *qparams, **out_dtype)
+
+
+def give_each_batch_norm_its_weight(model: GraphModule) -> None:
+    """Copies the weight of a batch norm to a path that is a plain name.
+
+    executorch 1.4 names the convolution that it makes of a batch norm after that path, and looks for it by that name in
+    a graph, where ``0.weight`` became ``_0_weight`` (backends/xnnpack/_passes/decompose_batch_norm.py).
+    """
+    names = Names(model)
+    for node in [node for node in model.graph.nodes if node.target in BATCH_NORMS]:
+        weight = argument(node, "weight")
+        if isinstance(weight, Node) and weight.op == "get_attr":
+            _give_own_parameter(model, node, "weight", names.new("batch_norm_weight_"))
+
+
+def _give_own_parameter(model: GraphModule, node: Node, name: str, path: str) -> None:
+    """Makes an argument of the node read a copy of its parameter at a new path."""
+    read = argument(node, name)
+    value = get_attribute(model, str(read.target)).detach().clone()
+    model.register_parameter(path, nn.Parameter(value, requires_grad=False))
+    with node.graph.inserting_before(node):
+        own = node.graph.get_attr(path)
+    own.meta = dict(read.meta)
+    set_argument(node, name, own)
