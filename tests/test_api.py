@@ -1,7 +1,7 @@
 """``quantize``: what it makes, and what it says of input that it cannot use."""
 
-import builtins
 import os
+import sys
 
 import pytest
 import torch
@@ -178,17 +178,19 @@ def test_unknown_choices(monkeypatch):
         zp.quantize([1], batches()[0], batches())
 
 
-def test_missing_extra(monkeypatch):
-    real = builtins.__import__
+def test_a_missing_extra_is_found_before_any_data_is_read(monkeypatch):
+    monkeypatch.setitem(sys.modules, "executorch.exir", None)
+    read = []
+    data = (read.append(batch) or batch for batch in batches())
+    with pytest.raises(
+        MissingExtraError, match=r"'executorch' is not installed.*pip install 'zeropoint\[executorch\]'"
+    ):
+        zp.quantize(small(), batches()[0], data)
+    assert not read
 
-    def without_executorch(name, *args, **kwargs):
-        if name.partition(".")[0] == "executorch":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return real(name, *args, **kwargs)
 
-    import importlib
-
-    monkeypatch.setattr(importlib, "import_module", lambda name: without_executorch(name))
+def test_an_extra_that_is_installed_in_part(monkeypatch):
+    monkeypatch.setitem(sys.modules, "executorch.kernels.quantized", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'zeropoint\[executorch\]'"):
         zp.quantize(small(), batches()[0], batches())
 

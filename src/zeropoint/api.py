@@ -22,6 +22,7 @@ from zeropoint.annotate.quantizer import Quantizer
 from zeropoint.backends import xnnpack
 from zeropoint.calibration import CalibrationData
 from zeropoint.core.errors import NothingQuantizedError, SpecError
+from zeropoint.core.extras import require_extra
 from zeropoint.core.files import write_atomically
 from zeropoint.graph.attributes import get_attribute, set_parameter
 from zeropoint.graph.capture import capture
@@ -152,7 +153,7 @@ def quantize(
         CalibrationError: there is no data, or it does not fit the model.
         NothingQuantizedError: no operator would be quantized.
         VerificationError: the file computes something else; names the first operator that differs.
-        MissingExtraError: the backend's package is not installed.
+        MissingExtraError: the backend's package is not installed; found before anything is done.
     """
     _check_backend(backend)
     _check_accuracy(accuracy)
@@ -221,6 +222,7 @@ def _improve(
 def _check_backend(backend: str) -> None:
     if backend != "xnnpack":
         raise SpecError(f"backend={backend!r} is unknown", where="quantize", remedy="Use one of: 'xnnpack'.")
+    require_extra("executorch.exir", "executorch")
 
 
 def _default_quantizer() -> Quantizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import logging
 import warnings
 from collections.abc import Generator
@@ -22,9 +23,26 @@ def import_extra(module: str, extra: str) -> ModuleType:
         with _quiet():
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        missing = (error.name or module).partition(".")[0]
-        remedy = f"Install it with: pip install 'zeropoint[{extra}]'."
-        raise MissingExtraError(f"the package {missing!r} is not installed", where=module, remedy=remedy) from error
+        raise _missing(error.name or module, module, extra) from error
+
+
+def require_extra(module: str, extra: str) -> None:
+    """Raises what ``import_extra`` would, without importing the module.
+
+    Raises:
+        MissingExtraError: it is not installed; the message says what to install.
+    """
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError as error:
+        raise _missing(error.name or module, module, extra) from error
+    if found is None:
+        raise _missing(module, module, extra)
+
+
+def _missing(name: str, module: str, extra: str) -> MissingExtraError:
+    what = f"the package {name.partition('.')[0]!r} is not installed"
+    return MissingExtraError(what, where=module, remedy=f"Install it with: pip install 'zeropoint[{extra}]'.")
 
 
 @contextlib.contextmanager
