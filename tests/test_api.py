@@ -14,6 +14,7 @@ from zeropoint.core.errors import (
     CalibrationError,
     CaptureError,
     FileError,
+    GraphError,
     MissingExtraError,
     NonFiniteError,
     NothingQuantizedError,
@@ -167,6 +168,13 @@ def test_nothing_to_quantize(monkeypatch):
     data = [(torch.randn(2, 4),)]
     with pytest.raises(NothingQuantizedError, match="softmax"):
         quantize_without_runtime(monkeypatch, nn.Softmax(-1), data[0], data)
+
+
+def test_a_prepared_model_is_not_quantized():
+    exported = torch.export.export(small(), batches()[0]).module()
+    prepared = zp.prepare_pt2e(exported, XNNPACKQuantizer().set_global(get_default_quantization_config()))
+    with pytest.raises(GraphError, match="quantize: the model is prepared already"):
+        zp.quantize(prepared, batches()[0], batches())
 
 
 def test_unknown_choices(monkeypatch):

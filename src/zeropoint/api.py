@@ -32,7 +32,7 @@ from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.passes.canonicalize import canonicalize
 from zeropoint.passes.fold_batch_norm import fold_batch_norm
 from zeropoint.report.coverage import CoverageRow, quantized_count
-from zeropoint.report.record import Record, record_of, refresh_biases
+from zeropoint.report.record import Record, record_of, refresh_biases, require_unprepared
 from zeropoint.report.speed import speed_note, work_of
 from zeropoint.report.stages import Stages
 from zeropoint.report.summary import bias_lines, coverage_lines, decibels, size_line
@@ -150,6 +150,7 @@ def quantize(
 
     Raises:
         CaptureError: the model cannot be exported.
+        GraphError: it is prepared or converted already.
         CalibrationError: there is no data, or it does not fit the model.
         NothingQuantizedError: no operator would be quantized.
         VerificationError: the file computes something else; names the first operator that differs.
@@ -159,7 +160,9 @@ def quantize(
     _check_accuracy(accuracy)
     stages = Stages(progress)
     with stages.stage("export"):
-        float_model = _copy(capture(model, example_inputs, dynamic_shapes=dynamic_shapes))
+        captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
+        require_unprepared(captured, "quantize")
+        float_model = _copy(captured)
         data = CalibrationData(calibration_data, float_model)
     with stages.stage("equalize"):
         working, reference = _improve(float_model, data, accuracy)

@@ -17,7 +17,7 @@ from zeropoint.graph.invariants import check_invariants
 from zeropoint.numerics.scratch import LateWrites
 from zeropoint.passes.annotate import annotate
 from zeropoint.passes.canonicalize import canonicalize
-from zeropoint.passes.convert import convert, every, none, nothing, require_observed
+from zeropoint.passes.convert import convert, every, none, nothing
 from zeropoint.passes.finish import finish
 from zeropoint.passes.fold_batch_norm import fold_batch_norm
 from zeropoint.passes.insert_observers import insert_observers
@@ -25,7 +25,7 @@ from zeropoint.passes.invariants import CONVERTED
 from zeropoint.passes.make_observers import make_observers
 from zeropoint.passes.round_biases import round_biases
 from zeropoint.passes.weight_scales import steady_weight_scales
-from zeropoint.report.record import finish_record, record_of, start_record
+from zeropoint.report.record import finish_record, record_of, require_prepared, require_unprepared, start_record
 
 
 def prepare_pt2e(model: GraphModule, quantizer: Quantizer) -> GraphModule:
@@ -39,6 +39,7 @@ def prepare_pt2e(model: GraphModule, quantizer: Quantizer) -> GraphModule:
 
     Raises:
         CaptureError: the model is not exported.
+        GraphError: the model is prepared or converted already.
         AnnotationError, RuleError: the quantizer's annotations contradict the graph or one another.
         SpecError: an observer refuses its spec, or its tensor.
     """
@@ -50,6 +51,7 @@ def prepare_pt2e(model: GraphModule, quantizer: Quantizer) -> GraphModule:
 def prepare_with_plan(model: GraphModule, quantizer: Quantizer) -> tuple[GraphModule, Plan]:
     """Returns what ``prepare_pt2e`` returns, and the plan that it carried out."""
     require_exported(model)
+    require_unprepared(model, "prepare_pt2e")
     canonicalize(model)
     fold_batch_norm(model)
     model = annotate(model, quantizer)
@@ -74,11 +76,11 @@ def convert_pt2e(
 
     Raises:
         CalibrationError: an observer saw no data; names the tensor.
-        GraphError: the model was not prepared.
+        GraphError: the model has no observers: it was not prepared, nothing was annotated, or it is converted already.
     """
     _check_flags(use_reference_representation, fold_quantize)
     require_exported(model)
-    require_observed(model)
+    require_prepared(model, "convert_pt2e")
     on_grid = record_of(model).rounds_biases
     with LateWrites() as writes:
         convert(model, every if fold_quantize else none, writes, steady_weight_scales if on_grid else nothing)

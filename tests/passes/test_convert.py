@@ -462,13 +462,22 @@ def test_the_models_own_metadata_is_kept():
 
 
 def test_a_model_that_was_not_prepared():
-    with pytest.raises(GraphError, match=r"convert_pt2e: the model has no observers. Give the result of prepare_pt2e"):
+    with pytest.raises(GraphError, match=r"convert_pt2e: the model has no observers: it was not prepared\. Give the"):
         convert_pt2e(models.exported(models.linear))
 
 
-def test_a_second_convert():
-    with pytest.raises(GraphError, match=r"no observers.*convert it once"):
-        convert_pt2e(converted(models.linear))
+@pytest.mark.parametrize("which", ["prepared", "converted"])
+def test_a_second_convert(which):
+    model = prepared(models.linear)
+    again = {"prepared": model, "converted": convert_pt2e(model)}[which]
+    with pytest.raises(GraphError, match=r"no observers: it was converted already\. Convert it once"):
+        convert_pt2e(again)
+
+
+def test_a_quantizer_that_annotated_nothing():
+    model = prepare_pt2e(models.exported(models.linear), quantizers.ByHand(lambda model: None))
+    with pytest.raises(GraphError, match=r"no observers: the quantizer annotated nothing.* Give prepare_pt2e a quanti"):
+        convert_pt2e(model)
 
 
 def test_a_module_that_is_not_exported():

@@ -4,12 +4,15 @@ import copy
 import pickle
 
 import models
+import pytest
 import quantizers
+import torch
 from quantizers import ByHand, annotate
 
 from zeropoint.annotate.plan import DECISION_KEY, Decision, Plan
 from zeropoint.annotate.quantizer import ComposableQuantizer
 from zeropoint.annotate.read import read_plan
+from zeropoint.core.errors import GraphError
 from zeropoint.core.policy import BackendPolicy
 from zeropoint.report.coverage import NOT_ANNOTATED, compute_nodes, coverage, quantized_count
 from zeropoint.report.record import model_bytes, policy_of, record_of
@@ -85,6 +88,31 @@ def test_the_record_goes_along():
     assert record.policy == Backend.policy
     assert 0 < record.converted_bytes < float_bytes == record.float_bytes
     assert quantized_count(record.coverage) == 4
+
+
+@pytest.mark.parametrize("which", ["given", "returned"])
+def test_a_prepared_model_is_not_prepared_again(which):
+    given = models.exported(models.linear)
+    returned = prepare_pt2e(given, quantizers.STATIC)
+    words = r"prepare_pt2e: the model is prepared already: it has observers\. Calibrate it and .*Export the model again"
+    with pytest.raises(GraphError, match=words):
+        prepare_pt2e({"given": given, "returned": returned}[which], quantizers.STATIC)
+
+
+@pytest.mark.parametrize("which", ["prepared", "converted"])
+def test_a_converted_model_is_prepared_only_after_another_export(which):
+    _, inputs = models.linear()
+    prepared = prepare_pt2e(models.exported(models.linear), quantizers.STATIC)
+    prepared(*inputs)
+    converted = convert_pt2e(prepared)
+    with pytest.raises(GraphError, match=r"the model is converted already\. Use it as it is\. Export the model again"):
+        prepare_pt2e({"prepared": prepared, "converted": converted}[which], quantizers.STATIC)
+    prepare_pt2e(torch.export.export(converted, inputs).module(), quantizers.STATIC)
+
+
+def test_a_model_that_a_quantizer_left_as_it_was_is_prepared_again():
+    untouched = prepare_pt2e(models.exported(models.linear), ByHand(lambda model: None))
+    assert quantized_count(record_of(prepare_pt2e(untouched, quantizers.STATIC)).coverage) == 1
 
 
 def test_bytes_count_a_tied_tensor_once():

@@ -10,7 +10,6 @@ from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.annotation import Q_ANNOTATION_KEY, is_valid_annotation
 from zeropoint.core.dtypes import FLOAT8_DTYPES, INTEGER_DTYPES, check_dtype, plain_dtype
-from zeropoint.core.errors import GraphError
 from zeropoint.graph.attributes import Names, get_attribute
 from zeropoint.graph.compat import OpOverload, created_from
 from zeropoint.graph.constants import FLOAT_PATH_KEY, constant_nodes, evaluate
@@ -264,18 +263,8 @@ def _converts_itself(observer: Any) -> bool:
     return callable(getattr(observer, "convert", None))
 
 
-def require_observed(model: GraphModule) -> None:
-    """Raises when the model has no observers: it was not prepared, or it was converted before.
-
-    Raises:
-        GraphError: says so.
-    """
-    if not _has_observers(model):
-        remedy = "Give the result of prepare_pt2e, of a quantizer that annotates something; convert it once."
-        raise GraphError("the model has no observers", where="convert_pt2e", remedy=remedy)
-
-
-def _has_observers(model: GraphModule) -> bool:
+def has_observers(model: GraphModule) -> bool:
+    """True when the model calls an observer, in the bodies of its control flow too."""
     if any(observer_of(model, node) is not None for node in model.graph.nodes):
         return True
-    return any(_has_observers(body) for _, body in bodies(model))
+    return any(has_observers(body) for _, body in bodies(model))

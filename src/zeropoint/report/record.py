@@ -7,12 +7,16 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from zeropoint.annotate.annotation import Q_ANNOTATION_KEY
 from zeropoint.annotate.plan import Plan
+from zeropoint.core.errors import GraphError
 from zeropoint.core.policy import BackendPolicy
 from zeropoint.graph.attributes import get_attribute, tensors_of
 from zeropoint.graph.bind import argument
+from zeropoint.numerics import ops
+from zeropoint.passes.convert import has_observers
 from zeropoint.passes.round_biases import BiasRounding
-from zeropoint.report.coverage import CoverageRow, coverage
+from zeropoint.report.coverage import CoverageRow, coverage, quantized_count
 
 RECORD_KEY = "zeropoint"
 
@@ -50,6 +54,41 @@ def start_record(model: GraphModule, plan: Plan, quantizer: Any) -> None:
 def record_of(model: GraphModule) -> Record:
     """Returns the model's record; an empty one for a model of another package."""
     return model.meta.get(RECORD_KEY) or Record(None, (), model_bytes(model))
+
+
+def require_unprepared(model: GraphModule, where: str) -> None:
+    """Raises when the model was prepared, or converted, and not exported again since.
+
+    Raises:
+        GraphError: says which, and what to do.
+    """
+    remedy = "Export the model again to prepare it in another way: its graph was changed."
+    if has_observers(model):
+        remedy = f"Calibrate it and give it to convert_pt2e. {remedy}"
+        raise GraphError("the model is prepared already: it has observers", where=where, remedy=remedy)
+    annotated = any(Q_ANNOTATION_KEY in node.meta for node in model.graph.nodes)  # Export drops annotations.
+    if annotated and any(node.target in ops.DEQUANTIZE_OPS for node in model.graph.nodes):
+        raise GraphError("the model is converted already", where=where, remedy=f"Use it as it is. {remedy}")
+
+
+def require_prepared(model: GraphModule, where: str) -> None:
+    """Raises when the model has no observers.
+
+    Raises:
+        GraphError: says why it has none: it was not prepared, nothing was annotated, or it was converted before.
+    """
+    if has_observers(model):
+        return
+    record = model.meta.get(RECORD_KEY)
+    if record is None:
+        why, remedy = "it was not prepared", "Give the result of prepare_pt2e."
+    elif quantized_count(record.coverage):
+        why = "it was converted already"
+        remedy = "Convert it once, and use the model that convert_pt2e returned."
+    else:
+        why = "the quantizer annotated nothing when it was prepared"
+        remedy = "Give prepare_pt2e a quantizer that annotates operators of the model."
+    raise GraphError(f"the model has no observers: {why}", where=where, remedy=remedy)
 
 
 def finish_record(model: GraphModule, biases: tuple[BiasRounding, ...]) -> None:
