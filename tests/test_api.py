@@ -160,7 +160,7 @@ def test_a_model_that_does_not_export(monkeypatch):
 
 def test_a_rule_that_matches_nothing(monkeypatch):
     quantizer = XNNPACKQuantizer().set_global(get_default_quantization_config()).set_module_name("hed", None)
-    with pytest.raises(RuleError, match=r"set_module_name\('hed'\): the rule matches no node.*modules: 0, 2, 3, 4"):
+    with pytest.raises(RuleError, match=r"set_module_name\('hed'\): the rule matches no node.*modules: 0, 1, 2, 3, 4"):
         quantize_without_runtime(monkeypatch, small(), batches()[0], batches(), quantizer=quantizer)
 
 

@@ -6,9 +6,11 @@ import quantizers
 import torch
 from torch import nn
 
-from zeropoint.annotate.rules import NOT_SELECTED, Rules, type_name
+from zeropoint.annotate.rules import NOT_SELECTED, Rules, forget_erased, note_erased, origin_of, type_name
 from zeropoint.core.configs import QuantizationConfig
 from zeropoint.core.errors import RuleError
+from zeropoint.graph.no_ops import erase_no_ops
+from zeropoint.passes.fold_batch_norm import fold_batch_norm
 
 aten = torch.ops.aten
 ONE, TWO, THREE, FOUR = (QuantizationConfig(quantizers.activation(quant_min=-i), None, None, None) for i in range(4))
@@ -114,6 +116,65 @@ def test_a_rule_that_matches_nothing_is_an_error_that_names_what_there_is(model,
 
 def test_rules_that_match(model):
     Rules({"blocks.?.conv": ONE}, {CONV: TWO}, {aten.add.Tensor: None}, FOUR, lambda n: True).check_all_match(model)
+
+
+# Nodes that are erased before annotation: `models.net` has batch norm after its convolutions.
+
+NORM, DROPOUT, BATCH_NORM = type_name(nn.BatchNorm2d), type_name(nn.Dropout), aten.batch_norm.default
+
+
+@pytest.fixture
+def folded(model):
+    fold_batch_norm(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("rules", "rule", "state"),
+    [
+        (Rules({"blocks.1.norm": None}, everything=ONE), r"set_module_name\('blocks.1.norm'\)", "is to be quantized"),
+        (Rules({"*.norm": TWO}, everything=ONE), r"set_module_name\('\*.norm'\)", "is chosen otherwise"),
+        (Rules({"blocks.1": None, "*.norm": TWO}, {CONV: TWO}), r"set_module_name\('\*.norm'\)", "stays float"),
+        (Rules(by_module_type={NORM: None}, everything=ONE), rf"set_module_type\({NORM}\)", "is to be quantized"),
+        (Rules({}, {}, {BATCH_NORM: ONE}), r"set_operator_type\(aten.batch_norm.default\)", "stays float"),
+    ],
+)
+def test_a_rule_for_a_folded_batch_norm_must_be_that_of_its_layer(folded, rules, rule, state):
+    place = r"batch_norm(_1)? \(batch_norm\) \[blocks.\d.norm, .*\] is folded into conv2d(_1)? \(conv2d\) \[blocks"
+    words = rf"{rule}: {place}.*, which computes both and {state}\. Set a rule for that layer, and leave this one out"
+    with pytest.raises(RuleError, match=words):
+        rules.check_all_match(folded)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        Rules({"blocks.1.norm": ONE}, everything=ONE),
+        Rules({"blocks.1.norm": None, "blocks.1.conv": None}, everything=ONE),
+        Rules(by_module_type={NORM: None, CONV: None}, everything=ONE),
+        Rules(by_module_type={NORM: None}),
+        Rules({"blocks.1": ONE, "blocks.1.conv": None}),
+        Rules({"blocks": None}, everything=ONE),
+        Rules({"*": TWO, "blocks.1.conv": ONE}),
+    ],
+)
+def test_rules_that_hold_for_a_folded_batch_norm(folded, rules):
+    rules.check_all_match(folded)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [Rules({"1": None}), Rules({"1": ONE}), Rules({}, {DROPOUT: ONE}), Rules({}, {}, {aten.dropout.default: None})],
+)
+def test_a_rule_for_an_operator_that_did_nothing(rules):
+    module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.ReLU()).eval()
+    model = torch.export.export(module, (torch.randn(2, 4),)).module()
+    note_erased(model, map(origin_of, erase_no_ops(model)))
+    assert not models.count(model, "dropout")
+    rules.check_all_match(model)
+    forget_erased(model)
+    with pytest.raises(RuleError, match="matches no node"):
+        rules.check_all_match(model)
 
 
 def test_rules_match_in_bodies_of_control_flow():

@@ -183,6 +183,22 @@ def test_rule_that_matches_nothing(rule: Callable[[XNNPACKQuantizer], object], w
         rows(rule(XNNPACKQuantizer().set_global(INT8)))  # type: ignore[arg-type]
 
 
+def folding() -> tuple[nn.Module, torch.Tensor]:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.ReLU()).eval(), torch.randn(
+        1, 3, 6, 6
+    )
+
+
+def test_rules_of_modules_that_are_folded_or_do_nothing():
+    module, x = folding()
+    ruled = XNNPACKQuantizer().set_global(INT8).set_module_type(nn.Dropout, None).set_module_name("1", INT8)
+    model = prepare_pt2e(torch.export.export(module, (x,)).module(), ruled)  # type: ignore[arg-type]
+    assert [row.is_quantized for row in record_of(model).coverage] == [True, True]
+    assert set(model.meta) == {"inline_constraints", "zeropoint"}
+    with pytest.raises(RuleError, match=r"\[1.*\] is folded into conv2d \(conv2d\) \[0.*\], which computes both"):
+        rows(XNNPACKQuantizer().set_global(INT8).set_module_name("1", None), module, x)
+
+
 def test_nothing_quantized():
     with pytest.raises(NothingQuantizedError, match=r"stays? float|no rule selects it"):
         rows(XNNPACKQuantizer())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,14 @@ from torch.fx import GraphModule, Node
 from zeropoint.core.configs import QuantizationConfig
 from zeropoint.core.errors import RuleError
 from zeropoint.graph.graph_pass import bodies
-from zeropoint.graph.source import module_stack, operator_name
+from zeropoint.graph.source import describe, module_stack, operator_name
 
 Choice = QuantizationConfig | None
+Stack = tuple[tuple[str, str], ...]
 WRITTEN_KEY = "zeropoint_written_as"
 """Metadata of a node that a backend spelled anew: the operator that the user wrote."""
+ERASED_KEY = "zeropoint_erased"
+"""Metadata of a model that is being prepared: the nodes that are no longer in its graph."""
 NOT_SELECTED = "no rule selects it"
 
 
@@ -38,18 +41,21 @@ class Rules:
         """Returns the node's configuration, or None with the reason why it stays float."""
         if self.filter_function is not None and not self.filter_function(node):
             return None, "the filter function leaves it out"
-        stack = module_stack(node)
+        rule = next(self._on(module_stack(node), targets_of(node)), None)
+        return (self.everything, NOT_SELECTED) if rule is None else (rule[1], f"{rule[0]}, None) leaves it out")
+
+    def _on(self, stack: Stack, targets: tuple[Any, ...]) -> Iterator[tuple[str, Choice]]:
+        """Yields the rules that select a node, the one that wins first: the beginning of its call, and its choice."""
         for path in _paths(stack):
             for pattern, config in reversed(self.by_module_name.items()):
                 if _matches(path, pattern):
-                    return config, f"set_module_name({pattern!r}, None) leaves it out"
+                    yield f"set_module_name({pattern!r}", config
         for _, kind in reversed(stack):
             if kind in self.by_module_type:
-                return self.by_module_type[kind], f"set_module_type({kind}, None) leaves it out"
-        for target in targets_of(node):
+                yield f"set_module_type({kind}", self.by_module_type[kind]
+        for target in targets:
             if target in self.by_operator:
-                return self.by_operator[target], f"set_operator_type({target}, None) leaves it out"
-        return self.everything, NOT_SELECTED
+                yield f"set_operator_type({target}", self.by_operator[target]
 
     def leaves_out(self, node: Node) -> bool:
         """True when a rule says that the node stays float, rather than no rule saying anything."""
@@ -62,13 +68,18 @@ class Rules:
         return any(config is not None and config.is_qat for config in [*chosen, *self.by_operator.values()])
 
     def check_all_match(self, model: GraphModule) -> None:
-        """Raises when a rule matches no node of the model, control flow bodies included.
+        """Raises when a rule matches no node of the model, control flow bodies included, or cannot be honoured.
+
+        A rule may match a node that was erased. What did nothing needs no more; what is computed by another node has
+        to have the same configuration as that.
 
         Raises:
-            RuleError: names the rule and what the model has instead.
+            RuleError: names the rule, and what the model has instead or which node computes what it selects.
         """
-        nodes = list(_calls(model))
-        stacks = [module_stack(node) for node in nodes]
+        nodes, erased = list(_calls(model)), list(_erased(model))
+        stacks = [module_stack(node) for node in nodes] + [gone.stack for gone, _ in erased]
+        targets = {target for node in nodes for target in targets_of(node)}
+        targets |= {target for gone, _ in erased for target in gone.targets}
         paths = sorted({path for stack in stacks for path in _paths(stack) if path})
         kinds = sorted({kind for stack in stacks for _, kind in stack})
         for pattern in self.by_module_name:
@@ -78,10 +89,60 @@ class Rules:
             if kind not in kinds:
                 raise _unmatched(f"set_module_type({kind})", "module types", kinds)
         for target in self.by_operator:
-            if not any(target in targets_of(node) for node in nodes):
+            if target not in targets:
                 raise _unmatched(f"set_operator_type({target})", "operators", sorted({operator_name(n) for n in nodes}))
         if self.filter_function is not None and not any(self.filter_function(node) for node in nodes):
             raise RuleError("it accepts no node of the model", where="set_filter_function")
+        for gone, layer in erased:
+            if layer is not None:
+                self._check_folded(gone, layer)
+
+    def _check_folded(self, gone: Origin, layer: Origin) -> None:
+        """Raises when a rule that selects a node, and not the layer that computes it, chooses otherwise than that."""
+        rule, choice = next(self._on(gone.stack, gone.targets), ("", None))
+        of_layer = list(self._on(layer.stack, layer.targets))
+        chosen = of_layer[0][1] if of_layer else self.everything
+        if not rule or choice == chosen or any(rule == other for other, _ in of_layer):
+            return
+        state = "stays float" if chosen is None else "is to be quantized" if choice is None else "is chosen otherwise"
+        what = f"{gone.place} is folded into {layer.place}, which computes both and {state}"
+        raise RuleError(what, where=f"{rule})", remedy="Set a rule for that layer, and leave this one out.")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What rules see of a node: the modules around it and its operators; and its description for messages."""
+
+    stack: Stack
+    targets: tuple[Any, ...]
+    place: str
+
+
+def origin_of(node: Node) -> Origin:
+    """Returns what rules see of a node, which may be erased afterwards."""
+    return Origin(module_stack(node), targets_of(node), describe(node))
+
+
+def note_erased(model: GraphModule, gone: Iterable[Origin], layer: Origin | None = None) -> None:
+    """Remembers nodes that are no longer in the graph, so that no rule about them is called wrong.
+
+    Args:
+        model: whose graph they were in; ``forget_erased`` ends it.
+        gone: the nodes.
+        layer: the node that computes them now; None where they did nothing.
+    """
+    model.meta.setdefault(ERASED_KEY, []).extend((origin, layer) for origin in gone)
+
+
+def forget_erased(model: GraphModule) -> None:
+    """Ends what ``note_erased`` began."""
+    model.meta.pop(ERASED_KEY, None)
+
+
+def _erased(model: GraphModule) -> Iterator[tuple[Origin, Origin | None]]:
+    yield from model.meta.get(ERASED_KEY, ())
+    for _, body in bodies(model):
+        yield from _erased(body)
 
 
 def targets_of(node: Node) -> tuple[Any, ...]:
@@ -91,14 +152,14 @@ def targets_of(node: Node) -> tuple[Any, ...]:
     return own if written is node.target else (*own, written, getattr(written, "overloadpacket", written))
 
 
-def _calls(model: GraphModule) -> Iterable[Node]:
+def _calls(model: GraphModule) -> Iterator[Node]:
     yield from (node for node in model.graph.nodes if node.op == "call_function")
     for _, body in bodies(model):
         yield from _calls(body)
 
 
 @functools.lru_cache(4096)
-def _paths(stack: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+def _paths(stack: Stack) -> tuple[str, ...]:
     """Returns the paths of the modules around a node, the innermost first.
 
     A ``ModuleList``, or a ``Sequential`` that is indexed, is never called, so it is in no stack: the paths say it.

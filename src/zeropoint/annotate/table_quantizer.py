@@ -25,8 +25,9 @@ class TableQuantizer(Quantizer):
     """Annotates by ``table``, where the user's rules say so. Every ``set_`` method returns the quantizer.
 
     Precedence: module name, module type, operator type, global; the innermost module wins, and None leaves float.
-    A rule that matches no node of the model is an error, raised by ``validate``. One that no model could match, such as
-    an operator's name in place of the operator, is a RuleError at once.
+    A rule that matches no node of the model is an error, raised by ``validate``; so is one for a batch norm that is
+    folded into a layer for which another configuration is chosen. A rule that no model could match, such as an
+    operator's name in place of the operator, is a RuleError at once.
     """
 
     table: Table
@@ -81,7 +82,7 @@ class TableQuantizer(Quantizer):
         """Checks that every rule matched and that something is quantized.
 
         Raises:
-            RuleError: a rule matches nothing.
+            RuleError: a rule matches nothing, or a batch norm that a layer with another configuration computes.
             NothingQuantizedError: no node is quantized; the message gives the reasons.
         """
         self.rules.check_all_match(model)

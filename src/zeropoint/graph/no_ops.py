@@ -22,13 +22,16 @@ CONVERSIONS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as
 ALIASES = (aten.detach.default, aten.alias.default)
 
 
-def erase_no_ops(model: GraphModule) -> None:
-    """Removes the operators that do nothing: each would break a pattern."""
+def erase_no_ops(model: GraphModule) -> list[Node]:
+    """Removes the operators that do nothing, and returns them: each would break a pattern."""
     memory = Memory(model.graph)
+    erased: list[Node] = []
     for node in list(model.graph.nodes):
         if is_no_op(node, memory):
             node.replace_all_uses_with(node.args[0])
             model.graph.erase_node(node)
+            erased.append(node)
+    return erased
 
 
 def is_no_op(node: Node, memory: Memory) -> bool:

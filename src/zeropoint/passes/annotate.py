@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from zeropoint.annotate.quantizer import Quantizer
+from zeropoint.annotate.rules import forget_erased
 from zeropoint.core.errors import AnnotationError, SpecError
 from zeropoint.graph.graph_pass import bodies
 
@@ -14,7 +15,14 @@ def annotate(model: GraphModule, quantizer: Quantizer) -> GraphModule:
     _check_quantizer(quantizer)
     model = _annotate(model, quantizer)
     quantizer.validate(model)
+    _forget_erased(model)
     return model
+
+
+def _forget_erased(model: GraphModule) -> None:
+    for _, body in bodies(model):
+        _forget_erased(body)
+    forget_erased(model)
 
 
 def _check_quantizer(quantizer: object) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.plan import DECISION_KEY, Decision
-from zeropoint.annotate.rules import WRITTEN_KEY
+from zeropoint.annotate.rules import WRITTEN_KEY, note_erased, origin_of
 from zeropoint.graph.attributes import Names, attribute_reads, set_parameter
 from zeropoint.graph.batch_norms import BATCH_NORMS, MULTIPLE, is_in_train_mode, keeps_statistics
 from zeropoint.graph.bind import argument, set_argument
@@ -157,6 +157,7 @@ def _fold(fold: _Fold, tensors: _Tensors) -> None:
     fold.result.replace_all_uses_with(argument(norm, "input"))
     if "custom" in fold.result.meta:
         layer.meta["custom"] = {**layer.meta.get("custom", {}), **fold.result.meta["custom"]}
+    note_erased(tensors.model, [origin_of(norm)], origin_of(layer))
     for node in dict.fromkeys((*norm.users, norm)):
         layer.graph.erase_node(node)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule
 
+from zeropoint.annotate.rules import note_erased, origin_of
 from zeropoint.annotate.table_quantizer import TableQuantizer
 from zeropoint.backends.xnnpack.config import POLICY
 from zeropoint.backends.xnnpack.table import TABLE
@@ -25,6 +26,6 @@ class XNNPACKQuantizer(TableQuantizer):
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Returns the graph with operators spelled as the delegate takes them; for training, dropout is kept."""
         if not self.rules.is_for_training():
-            erase_no_ops(model)
+            note_erased(model, map(origin_of, erase_no_ops(model)))
         spell(model, TO_ANNOTATE)
         return model
