@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from torch import nn
 from tests.backends.examples import PICTURE, ROWS, Branches, Example
 from tests.backends.xnn_graph import operators_outside
 from zeropoint.backends.xnnpack import XNNPACKQuantizer, conditions, get_symmetric_quantization_config, lower_float
-from zeropoint.backends.xnnpack.table import FLOAT_ONLY, IN_FLOAT, NEEDS_CONSTANT, OUTSIDE, TABLE
+from zeropoint.backends.xnnpack.conditions import IN_FLOAT, OUTSIDE
+from zeropoint.backends.xnnpack.table import FLOAT_ONLY, NEEDS_CONSTANT, TABLE
 from zeropoint.core.configs import QuantizationConfig
 from zeropoint.report.coverage import CoverageRow
 from zeropoint.report.record import record_of
@@ -326,7 +328,8 @@ INSIDE = float_cases(
     (
         ("sigmoid", torch.sigmoid), ("tanh", torch.tanh), ("softmax", lambda x: x.softmax(-1)), ("gelu", F.gelu),
         ("hardswish", F.hardswish), ("div", lambda x: x / x.exp()), ("silu", F.silu), ("exp", torch.exp),
-        ("leaky_relu", F.leaky_relu),
+        ("leaky_relu", F.leaky_relu), ("pow", lambda x: x.pow(2)), ("softmax", lambda x: x.softmax(3)),
+        ("avg_pool2d", lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)),
         ("upsample_bilinear2d", lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")),
     ),
 ) + float_cases(NEEDS_CONSTANT, (("matmul", lambda x: x @ x),))  # fmt: skip
@@ -334,9 +337,32 @@ LEFT_OUTSIDE = float_cases(
     OUTSIDE,
     (
         ("elu", F.elu), ("layer_norm", lambda x: F.layer_norm(x, (7,))), ("sum", lambda x: x.sum(1)),
-        ("avg_pool2d", lambda x: F.avg_pool2d(x, 2)), ("select", lambda x: x[:, 0].clone()),
-        ("upsample_nearest2d", lambda x: F.interpolate(x, scale_factor=2)),
+        ("select", lambda x: x[:, 0].clone()), ("upsample_nearest2d", lambda x: F.interpolate(x, scale_factor=2)),
+        ("mul", lambda x: aten.mul.Scalar(x, 2.0)), ("add", lambda x: aten.add.Scalar(x, 2.0)),
+        ("sub", lambda x: aten.sub.Scalar(x, 2.0)), ("div", lambda x: aten.div.Scalar(x, 2.0)),
+        ("reciprocal", torch.reciprocal),
     ),
+) + tuple(
+    Refused(None, name, f"{words}. The portable float kernel computes it", function, (PICTURE,))
+    for name, words, function in (
+        ("softmax", "dim=1 of 4 dimensions; the delegate takes the last only", lambda x: x.softmax(1)),
+        ("softmax", "dim=-2 of 4 dimensions; the delegate takes the last only", lambda x: x.softmax(-2)),
+        ("pow", "exponent=0.5; the delegate takes the integer 2 only", lambda x: x.pow(0.5)),
+        ("pow", "exponent=2.0; the delegate takes the integer 2 only", lambda x: x.pow(2.0)),
+        ("pow", "exponent=3; the delegate takes the integer 2 only", lambda x: x.pow(3)),
+        (
+            "avg_pool2d", "count_include_pad=True; the delegate takes count_include_pad=False only, in float",
+            lambda x: F.avg_pool2d(x, 2),
+        ),
+        (
+            "avg_pool2d", "ceil_mode=True; the delegate takes ceil_mode=False only, in float",
+            lambda x: F.avg_pool2d(x, 2, 2, 0, True, False),
+        ),
+        (
+            "avg_pool2d", "divisor_override=3; the delegate takes divisor_override=None only, in float",
+            lambda x: F.avg_pool2d(x, 2, 2, 0, False, False, 3),
+        ),
+    )
 )  # fmt: skip
 NO_KERNEL = (
     Refused(
@@ -364,6 +390,8 @@ def test_in_float_means_inside_the_delegate():
 
 def test_outside_means_outside():
     lowered = lower_float(exported(LEFT_OUTSIDE), tuple(torch.randn(PICTURE) for _ in LEFT_OUTSIDE))
-    outside = " ".join(operators_outside(lowered.pte))
-    for kernel in ("elu", "native_layer_norm", "sum", "avg_pool2d", "select", "upsample_nearest2d"):
-        assert kernel in outside
+    outside = Counter(kernel.partition("::")[2].partition(".")[0] for kernel in operators_outside(lowered.pte))
+    expected = Counter(case.operator for case in LEFT_OUTSIDE)
+    names = {"layer_norm": "native_layer_norm", "softmax": "_softmax", "select": "select_copy"}
+    for operator, count in expected.items():
+        assert outside[names.get(operator, operator)] == count, outside

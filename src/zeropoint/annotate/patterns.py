@@ -157,15 +157,19 @@ class Pattern:
         return hash((self.name, self.chain[0]))
 
 
+Reason: TypeAlias = str | Callable[[Node], str]
+"""Why an operator without a row stays float: a sentence, or what gives it for a node."""
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """A backend's rows, indexed by head operator, and the operators that it computes in float only."""
 
     backend: str
     patterns: tuple[Pattern, ...]
-    float_only: tuple[tuple[Operators, str], ...] = ()
+    float_only: tuple[tuple[Operators, Reason], ...] = ()
     _by_head: dict[Any, Pattern] = field(init=False, repr=False, compare=False)
-    _reasons: dict[Any, str] = field(init=False, repr=False, compare=False)
+    _reasons: dict[Any, Reason] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         heads = {operator: pattern for pattern in self.patterns for operator in pattern.chain[0]}
@@ -179,8 +183,8 @@ class Table:
 
     def float_reason(self, node: Node) -> str:
         """Returns why a node without a row stays float."""
-        default = f"{self.backend} has no integer kernel for this operator"
-        return self._reasons.get(node.target, default)
+        reason = self._reasons.get(node.target, f"{self.backend} has no integer kernel for this operator")
+        return reason if isinstance(reason, str) else reason(node)
 
 
 def is_float32(node: Node) -> bool:

@@ -25,6 +25,9 @@ PASSED_ON = (
 """Operators through which scores and masks reach a softmax."""
 MASKING = 1e4
 """Added to attention scores, such a constant is a mask: -10000, -1e9, the smallest float or infinity."""
+IN_FLOAT = "the XNNPACK delegate computes it in float only"
+OUTSIDE = "the XNNPACK delegate does not take it: the portable float kernel computes it"
+PORTABLE = "The portable float kernel computes it"
 MAX_DIMENSIONS = 6
 """XNN_MAX_TENSOR_DIMS: more fail to load."""
 
@@ -229,3 +232,31 @@ def pads_space_with_zero(node: Node) -> bool:
     amounts, dimensions = argument(node, "pad"), node.meta["val"].dim()
     grows = all(isinstance(amount, int) and amount >= 0 for amount in amounts)
     return grows and len(amounts) <= 2 * (dimensions - 2)
+
+
+# -- why an operator without a row stays float -----------------------------------------------------------------------
+
+
+def softmax_in_float(node: Node) -> str:
+    """The delegate computes it over the last axis (N:301)."""
+    axis, dimensions = argument(node, "dim"), node.meta["val"].dim()
+    if axis in (-1, dimensions - 1):
+        return IN_FLOAT
+    return f"dim={axis} of {dimensions} dimensions; the delegate takes the last only. {PORTABLE}"
+
+
+def power_in_float(node: Node) -> str:
+    """The delegate computes squares (N:603)."""
+    exponent = argument(node, "exponent")
+    if isinstance(exponent, int) and exponent == 2:
+        return IN_FLOAT
+    return f"exponent={exponent}; the delegate takes the integer 2 only. {PORTABLE}"
+
+
+def average_in_float(node: Node) -> str:
+    """The delegate averages what lies in the picture (N:188)."""
+    for name, taken in (("ceil_mode", False), ("count_include_pad", False), ("divisor_override", None)):
+        if (value := argument(node, name)) != taken:
+            only = f"the delegate takes {name}={taken} only, in float"
+            return f"{name}={value}; {only}. {PORTABLE}"
+    return IN_FLOAT
