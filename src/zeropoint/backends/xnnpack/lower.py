@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -140,8 +141,23 @@ def _delegated(exported: ExportedProgram, **settings: Any) -> LoweredProgram:
         partitioner=[partition.XnnpackPartitioner(**settings)],
         transform_passes=configs.get_transform_passes([edge.repair]),
     )
+    _keep_beginnings(program.exported_program())
     delegates, outside = _whereabouts(program.exported_program())
-    return LoweredProgram(bytes(program.to_executorch().buffer), delegates, outside, _free(exported))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mutation on a buffer")  # It says to do what is done here.
+        pte = bytes(program.to_executorch().buffer)
+    return LoweredProgram(pte, delegates, outside, _free(exported))
+
+
+def _keep_beginnings(program: ExportedProgram) -> None:
+    """Lets buffers that the model writes to begin as they are; else each would begin at 0, whatever it holds."""
+    signature = program.graph_signature
+    tensors: dict[str, Any] = {**program.constants, **program.state_dict}
+    written = set(signature.buffers_to_mutate.values())
+    begins = {name: tensors[path] for name, path in signature.inputs_to_buffers.items() if path in written}
+    for node in program.graph.nodes:
+        if node.name in begins and bool(begins[node.name].any()):
+            node.meta["et_init_buffer"] = True
 
 
 def _exported(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> ExportedProgram:
