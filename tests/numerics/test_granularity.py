@@ -55,7 +55,6 @@ def test_an_empty_axis_is_one_block():
         (PerAxis(3), r"axis=3 does not exist in shape \(2, 6, 8\)\. Choose -3 <= axis < 3"),
         (PerRow(-4), r"axis=-4 does not exist"),
         (PerGroup(3), r"PerGroup\(group_size=3\) does not divide axis 2 .*: 8 is no multiple of 3\. Choose a size"),
-        (PerGroup(0), "8 is no multiple of 0"),
         (PerGroup(16), "8 is no multiple of 16"),
         (PerBlock((4, 8)), r"does not divide axis 1 of shape \(2, 6, 8\): 6 is no multiple of 4"),
         (PerBlock((1, 1, 1, 1)), r"has more axes than shape \(2, 6, 8\)\. Give at most 3"),
@@ -65,6 +64,22 @@ def test_an_empty_axis_is_one_block():
 def test_refusals(granularity, words):
     with pytest.raises(SpecError, match=words):
         block_size(granularity, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: PerGroup(0), r"PerGroup: group_size=0 is no number of elements\. Choose group_size >= 1"),
+        (lambda: PerGroup("a"), r"PerGroup: group_size='a' is no integer"),
+        (lambda: PerAxis(1.5), r"PerAxis: axis=1\.5 is no integer"),
+        (lambda: PerRow(None), r"PerRow: dim=None is no integer"),
+        (lambda: PerBlock(4), r"PerBlock: block_size=4 is no tuple"),
+        (lambda: PerBlock((1, -4)), r"PerBlock: block_size=-4 is no number"),
+    ],
+)
+def test_what_is_no_granularity(build, words):
+    with pytest.raises(SpecError, match=words):
+        build()
 
 
 def test_granularities_are_values():

@@ -71,10 +71,10 @@ def test_a_scalar_and_every_dtype():
 def test_it_prints_in_one_line():
     x = torch.tensor([[1.27, 0.0], [0.0, -2.54]])
     t = QuantizedTensor.quantize(x, quant_min=-127, granularity=PerAxis(0))
-    line = "QuantizedTensor((2, 2), int8 -127..127, PerAxis(axis=0), scale 0.01..0.02, 20 bytes)"
+    line = "QuantizedTensor((2, 2), int8 -127..127, PerAxis(axis=0), scale 0.01..0.02, zero_point 0, 20 bytes)"
     assert repr(t) == line
     t = QuantizedTensor.quantize(x, torch.uint8, quant_max=15, scheme="affine")
-    assert repr(t) == "QuantizedTensor((2, 2), uint8 0..15, PerTensor(), scale 0.254, 10 bytes)"
+    assert repr(t) == "QuantizedTensor((2, 2), uint8 0..15, PerTensor(), scale 0.254, zero_point 10, 10 bytes)"
     assert "no scale" in repr(t.to("meta"))
 
 
@@ -107,6 +107,8 @@ def test_values_that_are_not_finite_are_refused(bad, scheme):
         ({"quant_min": 5, "quant_max": 5}, "quant_min=5, quant_max=5 is no range within torch.int8"),
         ({"scheme": "odd"}, 'scheme=\'odd\' is unknown. Use "symmetric" or "affine"'),
         ({"granularity": PerGroup(4)}, "3 is no multiple of 4"),
+        ({"x": [1.0, 2.0]}, "x is list, not a tensor"),
+        ({"eps": -1.0}, "eps=-1.0 is not a positive finite number"),
         ({"x": torch.empty(0)}, "has no element to measure"),
     ],
 )
@@ -124,7 +126,11 @@ def test_quantize_refuses(keywords, words):
             r"integers in 9\.\.9 do not fit -8\.\.7",
         ),
         (torch.tensor([9]), {}, r"from_int_repr: the integers are torch\.int64"),
-        (torch.tensor([9], dtype=torch.int8), {"scale": 0.0}, r"scale=0\.0 is not usable"),
+        (torch.tensor([9], dtype=torch.int8), {"scale": 0.0}, r"scale=0\.0 is not a positive"),
+        (torch.tensor([9], dtype=torch.int8), {"scale": "a"}, r"scale='a' is not a positive"),
+        (torch.tensor([9], dtype=torch.int8), {"scale": torch.tensor(0.0)}, r"scale=0\.0 is not usable"),
+        ([9], {}, r"from_int_repr: the integers are list, not a tensor"),
+        (torch.tensor([9], dtype=torch.int8), {"zero_point": 0.5}, r"zero_point=0\.5 is no integer"),
         (torch.tensor([9], dtype=torch.int8), {"zero_point": 300}, "zero_point=300 lies outside"),
         (torch.tensor([9], dtype=torch.int8), {"zero_point": torch.tensor(0.5)}, r"zero_point is torch\.float32"),
     ],

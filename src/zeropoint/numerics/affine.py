@@ -17,10 +17,11 @@ NaN has no integer: what it becomes is not specified, as in torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
+from zeropoint.core.arguments import require_integer, require_positive
 from zeropoint.core.dtypes import INTEGER_DTYPES, checked_range, integer_range, plain_dtype
 from zeropoint.core.errors import SpecError
 from zeropoint.numerics.granularity import Granularity, PerTensor, block_counts, block_size, qparams_shape
@@ -67,9 +68,7 @@ def quantize(
         SpecError: a dtype, range, shape, scale or zero point that cannot hold; the message says the value.
     """
     low, high = checked_range(dtype, quant_min, quant_max)
-    if x.dtype not in FLOAT_DTYPES:
-        remedy = "Convert it with x.float()."
-        raise SpecError(f"x is {x.dtype}, not float32, float16 or bfloat16", where="quantize", remedy=remedy)
+    check_floats(x, "quantize")
     scale, zero_point = checked_qparams(x.shape, scale, zero_point, granularity, (low, high), "quantize")
     if zero_point.is_floating_point() and zero_point_added == "after_rounding":
         remedy = 'Pass zero_point_added="before_rounding", or integers.'
@@ -129,8 +128,11 @@ def choose_qparams_blockwise(
         that is not finite.
 
     Raises:
-        SpecError: ``x`` is empty, or the granularity does not go with its shape.
+        SpecError: ``x`` is empty or holds no floats, ``eps`` is not above 0, or the granularity does not go with its
+            shape.
     """
+    check_floats(x, "choose_qparams")
+    require_positive("eps", eps, "choose_qparams")
     if x.numel() == 0:
         raise SpecError(f"x of shape {tuple(x.shape)} has no element to measure", where="choose_qparams")
     view, qparams_view = _views(x.shape, block_size(granularity, x.shape))
@@ -222,9 +224,9 @@ def checked_qparams(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns scale and zero point as tensors of the right number of elements and values."""
     if not isinstance(scale, torch.Tensor):
-        scale = torch.tensor(scale, dtype=torch.float64)
+        scale = torch.tensor(require_positive("scale", scale, where), dtype=torch.float64)
     if not isinstance(zero_point, torch.Tensor):
-        zero_point = torch.full_like(scale, zero_point, dtype=torch.int64)
+        zero_point = torch.full_like(scale, require_integer("zero_point", zero_point, where), dtype=torch.int64)
     if not zero_point.is_floating_point():
         zero_point = zero_point.to(torch.int64)
     check_qparams_shape("scale", scale, granularity, shape, where)
@@ -281,12 +283,28 @@ def _check_zero_point(zero_point: torch.Tensor, quant_min: int, quant_max: int, 
         raise SpecError(f"zero_point={value} lies outside of {quant_min}..{quant_max}", where=where)
 
 
-def check_integers(q: torch.Tensor, where: str) -> None:
-    """Refuses a tensor whose dtype is no integer storage type.
+def check_floats(x: Any, where: str) -> None:
+    """Refuses what is no tensor of ``FLOAT_DTYPES``.
 
     Raises:
-        SpecError: the message says the dtype.
+        SpecError: the message says what it is.
     """
+    if not isinstance(x, torch.Tensor):
+        raise SpecError(f"x is {type(x).__name__}, not a tensor", where=where, remedy="Give torch.tensor(x).")
+    if x.dtype not in FLOAT_DTYPES:
+        remedy = "Convert it with x.float()."
+        raise SpecError(f"x is {x.dtype}, not float32, float16 or bfloat16", where=where, remedy=remedy)
+
+
+def check_integers(q: Any, where: str) -> None:
+    """Refuses what is no tensor of an integer storage type.
+
+    Raises:
+        SpecError: the message says what it is.
+    """
+    if not isinstance(q, torch.Tensor):
+        what = f"the integers are {type(q).__name__}, not a tensor"
+        raise SpecError(what, where=where, remedy="Give torch.tensor(integers, dtype=torch.int8).")
     if q.dtype not in INTEGER_DTYPES:
         allowed = ", ".join(str(d) for d in INTEGER_DTYPES)
         raise SpecError(f"the integers are {q.dtype}", where=where, remedy=f"Use one of {allowed}.")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from zeropoint.core.arguments import require_integer
 from zeropoint.core.errors import SpecError
 
 
@@ -24,6 +26,9 @@ class PerAxis(Granularity):
 
     axis: int
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axis", require_integer("axis", self.axis, "PerAxis"))
+
 
 @dataclass(frozen=True, slots=True)
 class PerGroup(Granularity):
@@ -31,12 +36,18 @@ class PerGroup(Granularity):
 
     group_size: int
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "group_size", _checked_size("group_size", self.group_size, "PerGroup"))
+
 
 @dataclass(frozen=True, slots=True)
 class PerRow(Granularity):
     """One scale for each vector along ``dim``: that axis is reduced, all others are kept."""
 
     dim: int = -1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dim", require_integer("dim", self.dim, "PerRow"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +60,20 @@ class PerBlock(Granularity):
     """One scale for each block of the last ``len(block_size)`` axes; the axes before those have blocks of 1."""
 
     block_size: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.block_size, (tuple, list)):
+            remedy = "Give a tuple of sizes, one for each of the last axes."
+            raise SpecError(f"block_size={self.block_size!r} is no tuple", where="PerBlock", remedy=remedy)
+        sizes = tuple(_checked_size("block_size", size, "PerBlock") for size in self.block_size)
+        object.__setattr__(self, "block_size", sizes)
+
+
+def _checked_size(name: str, value: Any, where: str) -> int:
+    size = require_integer(name, value, where)
+    if size < 1:
+        raise SpecError(f"{name}={size} is no number of elements", where=where, remedy=f"Choose {name} >= 1.")
+    return size
 
 
 def block_size(granularity: Granularity, shape: Sequence[int]) -> tuple[int, ...]:
@@ -127,9 +152,9 @@ def _along(dim: int, block: int | None, shape: Sequence[int]) -> tuple[int, ...]
 
 def _divided(granularity: Granularity, blocks: tuple[int, ...], shape: Sequence[int]) -> tuple[int, ...]:
     for axis, (size, block) in enumerate(zip(shape, blocks, strict=True)):
-        if block < 1 or size % block != 0:
+        if size % block != 0:
             raise SpecError(
                 f"{granularity} does not divide axis {axis} of shape {tuple(shape)}: {size} is no multiple of {block}",
-                remedy=f"Choose a size of at least 1 that divides {size}.",
+                remedy=f"Choose a size that divides {size}.",
             )
     return blocks

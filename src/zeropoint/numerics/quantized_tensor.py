@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from zeropoint.core.arguments import require_positive
 from zeropoint.core.dtypes import checked_range, plain_dtype
 from zeropoint.core.errors import NonFiniteError, SpecError
 from zeropoint.numerics import affine
@@ -70,6 +71,7 @@ class QuantizedTensor:
         low, high = checked_range(dtype, quant_min, quant_max)
         if scheme not in ("symmetric", "affine"):
             raise SpecError(f"scheme={scheme!r} is unknown", where="quantize", remedy='Use "symmetric" or "affine".')
+        affine.check_floats(x, "quantize")
         x = x.detach()
         narrow = (low, high) != checked_range(dtype, None, None)
         middle = symmetric_zero_point(dtype, low, high, custom_range=narrow)
@@ -104,7 +106,8 @@ class QuantizedTensor:
         affine.check_integers(integers, "from_int_repr")
         low, high = checked_range(integers.dtype, quant_min, quant_max)
         if not isinstance(scale, torch.Tensor):
-            scale = torch.tensor(scale, dtype=torch.float32, device=integers.device)
+            number = require_positive("scale", scale, "from_int_repr")
+            scale = torch.tensor(number, dtype=torch.float32, device=integers.device)
         scale, zero_point = affine.checked_qparams(
             integers.shape, scale, zero_point, granularity, (low, high), "from_int_repr"
         )
@@ -179,15 +182,16 @@ class QuantizedTensor:
 
     def __repr__(self) -> str:
         integers = f"{str(self.dtype).removeprefix('torch.')} {self.quant_min}..{self.quant_max}"
-        scales = _scale_text(self.scale)
-        return f"QuantizedTensor({tuple(self.shape)}, {integers}, {self.granularity}, {scales}, {self.nbytes} bytes)"
+        qparams = f"{_range_text('scale', self.scale)}, {_range_text('zero_point', self.zero_point)}"
+        return f"QuantizedTensor({tuple(self.shape)}, {integers}, {self.granularity}, {qparams}, {self.nbytes} bytes)"
 
 
-def _scale_text(scale: torch.Tensor) -> str:
-    if scale.numel() == 0 or scale.device.type == "meta":
-        return "no scale"
-    low, high = f"{float(scale.min()):.3g}", f"{float(scale.max()):.3g}"
-    return f"scale {low}" if low == high else f"scale {low}..{high}"
+def _range_text(name: str, values: torch.Tensor) -> str:
+    """Returns the smallest and largest of the values, once where they print alike."""
+    if values.numel() == 0 or values.device.type == "meta":
+        return f"no {name}"
+    low, high = f"{values.min().item():.3g}", f"{values.max().item():.3g}"
+    return f"{name} {low}" if low == high else f"{name} {low}..{high}"
 
 
 def _fits_nibble(dtype: torch.dtype, quant_min: int, quant_max: int) -> bool:
