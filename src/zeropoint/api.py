@@ -141,8 +141,8 @@ def quantize(
         calibration_data: batches, each a tuple of positional inputs or one tensor; real data, as in use.
         backend: where the file will run.
         quantizer: annotates the graph; by default the backend's, int8 with per-channel weights.
-        dynamic_shapes: which sizes are free, as in ``torch.export.export``; for a module only: those of an exported
-            program are as they were exported.
+        dynamic_shapes: which sizes are free, as in ``torch.export.export``; those of an exported program are as they
+            were exported.
         accuracy: what is done beyond rounding: ``"equalize"`` the channels of activations between two layers,
             ``"correct_biases"`` for the shift that rounding gives to the mean of each channel. Both are exact in float.
         verify: run the file in a child process and compare it with the converted model.

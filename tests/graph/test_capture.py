@@ -100,13 +100,6 @@ def test_a_dynamic_batch_stays_dynamic():
     assert model(torch.randn(7, 4)).shape == (7, 3)
 
 
-@pytest.mark.parametrize("make", [lambda program: program, lambda program: program.module()], ids=["program", "module"])
-def test_free_sizes_of_what_is_exported_cannot_be_chosen(program, make):
-    _, inputs = models.linear()
-    with pytest.raises(CaptureError, match=r"dynamic_shapes is given with .* Give dynamic_shapes to torch"):
-        capture(make(program), inputs, dynamic_shapes=({0: Dim.DYNAMIC},))
-
-
 @pytest.mark.parametrize(
     ("make", "words"),
     [

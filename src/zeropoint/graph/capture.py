@@ -31,13 +31,8 @@ def capture(
         strict: export with the tracing of Python bytecode, which some vendors' quantizers need.
 
     Raises:
-        CaptureError: the model cannot be exported, or two example inputs are the same tensor object; or it is exported
-            already, and ``dynamic_shapes`` would change nothing.
+        CaptureError: the model cannot be exported, or two example inputs are the same tensor object.
     """
-    if dynamic_shapes is not None and (isinstance(model, ExportedProgram) or is_exported(model)):
-        what = f"dynamic_shapes is given with {type(model).__name__}, whose sizes are free or not as it was exported"
-        remedy = "Give dynamic_shapes to torch.export.export, or the module itself."
-        raise CaptureError(what, remedy=remedy)
     match model:
         case ExportedProgram():
             return model.module()  # type: ignore[return-value]
