@@ -339,6 +339,15 @@ def test_a_batch_that_is_free_in_the_program_is_free_in_the_file(free, end):
         assert torch.equal(program(*inputs)[0], result.model(*inputs))
 
 
+@pytest.mark.parametrize("kind", ["ExportedProgram", "GraphModule"])
+def test_free_sizes_of_an_exported_model_are_a_matter_of_its_export(kind):
+    program = torch.export.export(small(), batches()[0])
+    model = {"ExportedProgram": program, "GraphModule": program.module()}[kind]
+    words = rf"dynamic_shapes is given, but the model is exported already \({kind}\).* to torch\.export\.export, or"
+    with pytest.raises(SpecError, match=words):
+        zp.quantize(model, batches()[0], batches(), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+
+
 def test_inputs_of_every_kind_run(monkeypatch):
     class Kinds(nn.Module):
         def __init__(self):

@@ -77,3 +77,20 @@ def test_quantize_keeps_a_bounded_part_of_a_stream():
     assert len(data.kept) == KEPT_SAMPLES
     assert sum(1 for _ in data) == 200
     assert sum(ref() is not None for ref in alive) <= KEPT_SAMPLES + 2
+
+
+def test_the_result_of_quantize_keeps_no_data_and_no_float_model():
+    model, alive = small(), []
+
+    def stream():
+        for _ in range(4):
+            batch = torch.randn(1, 3, 8, 8)
+            alive.append(weakref.ref(batch))
+            yield (batch,)
+
+    result = zp.quantize(model, (torch.randn(1, 3, 8, 8),), stream())
+    alive += [weakref.ref(model[0].weight), weakref.ref(model[3].weight)]
+    del model
+    gc.collect()
+    assert result.verification is not None
+    assert [ref() for ref in alive if ref() is not None] == []

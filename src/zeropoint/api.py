@@ -25,7 +25,7 @@ from zeropoint.core.errors import NothingQuantizedError, SpecError
 from zeropoint.core.extras import require_extra
 from zeropoint.core.files import write_atomically
 from zeropoint.graph.attributes import get_attribute, set_parameter
-from zeropoint.graph.capture import capture
+from zeropoint.graph.capture import capture, is_exported
 from zeropoint.graph.constants import mutated_attributes
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
 from zeropoint.numerics.sqnr import sqnr_db
@@ -141,14 +141,14 @@ def quantize(
         calibration_data: batches, each a tuple of positional inputs or one tensor; real data, as in use.
         backend: where the file will run.
         quantizer: annotates the graph; by default the backend's, int8 with per-channel weights.
-        dynamic_shapes: which sizes are free, as in ``torch.export.export``; those of an exported program are as they
-            were exported.
+        dynamic_shapes: which sizes are free, as in ``torch.export.export``; for a module that is not exported yet.
         accuracy: what is done beyond rounding: ``"equalize"`` the channels of activations between two layers,
             ``"correct_biases"`` for the shift that rounding gives to the mean of each channel. Both are exact in float.
         verify: run the file in a child process and compare it with the converted model.
         progress: write progress to standard error; by default when that is a terminal.
 
     Raises:
+        SpecError: a choice that does not exist, or ``dynamic_shapes`` of a model that is exported already.
         CaptureError: the model cannot be exported.
         GraphError: it is prepared or converted already.
         CalibrationError: there is no data, or it does not fit the model.
@@ -158,6 +158,7 @@ def quantize(
     """
     _check_backend(backend)
     _check_accuracy(accuracy)
+    _check_free_sizes(model, dynamic_shapes)
     stages = Stages(progress)
     with stages.stage("export"):
         captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
@@ -208,6 +209,15 @@ def _check_accuracy(accuracy: Sequence[str]) -> None:
     if not known:
         remedy = f"Give a tuple of {', '.join(repr(name) for name in ACCURACY)}; () for none."
         raise SpecError(f"accuracy={accuracy!r} is unknown", where="quantize", remedy=remedy)
+
+
+def _check_free_sizes(model: object, dynamic_shapes: Any) -> None:
+    if dynamic_shapes is not None and (isinstance(model, ExportedProgram) or is_exported(model)):
+        what = (
+            f"dynamic_shapes is given, but the model is exported already ({type(model).__name__}), and so are its sizes"
+        )
+        remedy = "Give dynamic_shapes to torch.export.export, or the module to quantize in place of its export."
+        raise SpecError(what, where="quantize", remedy=remedy)
 
 
 def _improve(
