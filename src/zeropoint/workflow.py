@@ -12,6 +12,7 @@ from zeropoint.annotate.quantizer import Quantizer
 from zeropoint.annotate.read import read_plan
 from zeropoint.core.errors import SpecError
 from zeropoint.graph.capture import require_exported
+from zeropoint.graph.explained import ExplainedModule
 from zeropoint.graph.graph_pass import pipeline
 from zeropoint.graph.invariants import check_invariants
 from zeropoint.numerics.scratch import LateWrites
@@ -30,6 +31,8 @@ from zeropoint.report.record import finish_record, record_of, require_prepared, 
 
 def prepare_pt2e(model: GraphModule, quantizer: Quantizer) -> GraphModule:
     """Returns the model with observers where the quantizer wants them, ready for calibration.
+
+    Where a call of it fails, the error names the input that the model was not exported for.
 
     Args:
         model: an exported graph module: ``torch.export.export(m, example_inputs).module()``. Its graph is changed and
@@ -60,7 +63,7 @@ def prepare_with_plan(model: GraphModule, quantizer: Quantizer) -> tuple[GraphMo
     observers = make_observers(model, plan, groups, quantizer)
     start_record(model, plan, quantizer)
     insert_observers(model, observers, look_again=record_of(model).policy is None)
-    return finish(model), plan
+    return finish(model, ExplainedModule), plan
 
 
 @pipeline

@@ -7,12 +7,15 @@ from torch.fx import GraphModule
 from zeropoint.graph.graph_pass import bodies
 
 
-def finish(model: GraphModule) -> GraphModule:
-    """Returns a new module of the same graph that holds just what the graph reads; metadata is kept."""
+def finish(model: GraphModule, kind: type[GraphModule] = GraphModule) -> GraphModule:
+    """Returns a new module of the same graph that holds just what the graph reads; metadata is kept.
+
+    ``kind`` is the class of the outermost module.
+    """
     for path, body in list(bodies(model)):
         setattr(model, path, finish(body))
     model.graph.lint()
-    finished = GraphModule(model, model.graph, type(model).__name__)
+    finished = kind(model, model.graph, type(model).__name__)
     finished._tracer_cls = finished.graph._tracer_cls = None  # That of export cannot be built again by unpickling.
     finished.meta = dict(model.meta)
     finished.train(model.training)
