@@ -330,6 +330,7 @@ INSIDE = float_cases(
         ("hardswish", F.hardswish), ("div", lambda x: x / x.exp()), ("silu", F.silu), ("exp", torch.exp),
         ("leaky_relu", F.leaky_relu), ("pow", lambda x: x.pow(2)), ("softmax", lambda x: x.softmax(3)),
         ("avg_pool2d", lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)),
+        ("avg_pool2d", lambda x: F.avg_pool2d(x, (2, 3))), ("avg_pool2d", lambda x: F.avg_pool2d(x, 3, 1, (0, 1))),
         ("upsample_bilinear2d", lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")),
     ),
 ) + float_cases(NEEDS_CONSTANT, (("matmul", lambda x: x @ x),))  # fmt: skip
@@ -350,10 +351,6 @@ LEFT_OUTSIDE = float_cases(
         ("pow", "exponent=0.5; the delegate takes the integer 2 only", lambda x: x.pow(0.5)),
         ("pow", "exponent=2.0; the delegate takes the integer 2 only", lambda x: x.pow(2.0)),
         ("pow", "exponent=3; the delegate takes the integer 2 only", lambda x: x.pow(3)),
-        (
-            "avg_pool2d", "count_include_pad=True; the delegate takes count_include_pad=False only, in float",
-            lambda x: F.avg_pool2d(x, 2),
-        ),
         (
             "avg_pool2d", "ceil_mode=True; the delegate takes ceil_mode=False only, in float",
             lambda x: F.avg_pool2d(x, 2, 2, 0, True, False),

@@ -49,7 +49,7 @@ def test_attention_without_a_mask(scale):
     model = compare({"scale": scale}, *tensors())
     assert models.count(model, "matmul") == 2
     assert models.count(model, "scaled_dot_product_attention") == 0
-    assert show(model).splitlines()[0] == f"mul_scalar = mul(q, {scale if scale else 5**-0.5:.4g})"
+    assert show(model).splitlines()[2] == f"mul_tensor = mul(matmul_default, {scale if scale else 5**-0.5:.4g})"
 
 
 def test_attention_with_a_boolean_mask():

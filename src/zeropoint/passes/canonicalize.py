@@ -52,8 +52,8 @@ def decompose_attention(node: Node, known: dict[object, Any]) -> None:
         value = emit.call(aten.repeat_interleave.self_int, value, repeat, -3)
     scale = argument(node, "scale")
     factor = 1.0 / math.sqrt(query.meta["val"].shape[-1]) if scale is None else scale
-    scaled = emit.call(aten.mul.Scalar, query, factor)
-    scores = emit.call(aten.matmul.default, scaled, emit.call(aten.transpose.int, key, -2, -1))
+    products = emit.call(aten.matmul.default, query, emit.call(aten.transpose.int, key, -2, -1))
+    scores = emit.call(aten.mul.Tensor, products, factor)  # As export spells it; backends do not take mul.Scalar.
     hidden, scores = _mask(emit, scores, argument(node, "attn_mask"), bool(argument(node, "is_causal")))
     weights = emit.call(aten.softmax.int, scores, -1)
     if hidden is not None:  # A row that is hidden as a whole gives 0, not NaN: left padding makes such rows.

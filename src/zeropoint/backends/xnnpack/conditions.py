@@ -255,7 +255,7 @@ def power_in_float(node: Node) -> str:
 
 def average_in_float(node: Node) -> str:
     """The delegate averages what lies in the picture (N:188)."""
-    for name, taken in (("ceil_mode", False), ("count_include_pad", False), ("divisor_override", None)):
+    for name, taken in (("ceil_mode", False), ("divisor_override", None)):
         if (value := argument(node, name)) != taken:
             only = f"the delegate takes {name}={taken} only, in float"
             return f"{name}={value}; {only}. {PORTABLE}"

@@ -143,7 +143,10 @@ def _matmul_to_linear(place: _Place) -> None:
 def _explicit_padding(place: _Place) -> None:
     """``padding="same"`` as numbers; where it is more at one end than at the other, as a pad before the convolution."""
     source, weight, dilation = (place.argument(name) for name in ("input", "weight", "dilation"))
-    lengths = [d * (size - 1) for d, size in zip(_each(dilation, weight), weight.meta["val"].shape[2:], strict=True)]
+    lengths = [
+        d * (size - 1)
+        for d, size in zip(_each(dilation, weight.meta["val"].dim() - 2), weight.meta["val"].shape[2:], strict=True)
+    ]
     lengths = lengths if place.argument("padding") == "same" else [0] * len(lengths)
     padding = [length // 2 for length in lengths]
     if any(length % 2 for length in lengths):
@@ -154,9 +157,9 @@ def _explicit_padding(place: _Place) -> None:
     place.replace(place.emit.call(operator, source, weight, *rest))
 
 
-def _each(values: list[int], weight: Node) -> list[int]:
+def _each(values: list[int], axes: int) -> list[int]:
     """Returns one value for each axis of space; the schema lets one stand for all."""
-    return values * (weight.meta["val"].dim() - 2) if len(values) == 1 else values
+    return values * axes if len(values) == 1 else values
 
 
 def _padded(place: _Place, source: Node, amounts: list[int]) -> Node:
@@ -171,6 +174,22 @@ def _pool_stride(place: _Place) -> None:
     """``max_pool2d(x, 2)`` without a stride makes executorch 1.4 fail with an IndexError."""
     if not place.argument("stride"):
         set_argument(place.node, "stride", list(place.argument("kernel_size")))
+
+
+def _average(place: _Place) -> None:
+    """The delegate takes averages that count no padding: where it counts, it becomes an operator of its own.
+
+    A missing stride makes executorch 1.4 fail.
+    """
+    _pool_stride(place)
+    if not place.argument("count_include_pad") or place.argument("ceil_mode"):
+        return
+    padding = _each(place.argument("padding"), 2)
+    if any(padding):
+        amounts = [amount for size in reversed(padding) for amount in (size, size)]
+        set_argument(place.node, "self", _padded(place, place.argument("self"), amounts))
+        set_argument(place.node, "padding", [0, 0])
+    set_argument(place.node, "count_include_pad", False)
 
 
 def _float_to_two_dimensions(place: _Place) -> None:
@@ -225,6 +244,7 @@ ALWAYS: Spellings = {
     aten.view.default: _free_view,
     aten.reshape.default: _free_view,
     aten.max_pool2d.default: _pool_stride,
+    aten.avg_pool2d.default: _average,
     aten.conv1d.padding: _explicit_padding,
     aten.conv2d.padding: _explicit_padding,
 }
