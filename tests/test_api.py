@@ -182,6 +182,12 @@ def test_unknown_choices(monkeypatch):
         zp.quantize(small(), batches()[0], batches(), backend="tpu")
     with pytest.raises(SpecError, match="Give a tuple of 'equalize', 'correct_biases'"):
         zp.quantize(small(), batches()[0], batches(), accuracy=("magic",))
+    with pytest.raises(SpecError, match=r"verify='yes' is no bool"):
+        zp.quantize(small(), batches()[0], batches(), verify="yes")
+    with pytest.raises(SpecError, match=r"progress=1 is no bool"):
+        zp.quantize(small(), batches()[0], batches(), progress=1)
+    with pytest.raises(NothingQuantizedError, match=r"the model has no operator that computes anything"):
+        zp.quantize(nn.Identity(), batches()[0], batches())
     with pytest.raises(CaptureError, match="got list, not a model"):
         zp.quantize([1], batches()[0], batches())
 

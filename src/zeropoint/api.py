@@ -21,6 +21,7 @@ from zeropoint.algorithms.equalize import equalize
 from zeropoint.annotate.quantizer import Quantizer
 from zeropoint.backends import xnnpack
 from zeropoint.calibration import CalibrationData
+from zeropoint.core.arguments import require_bool
 from zeropoint.core.errors import NothingQuantizedError, SpecError
 from zeropoint.core.extras import require_extra
 from zeropoint.core.files import write_atomically
@@ -158,6 +159,9 @@ def quantize(
     """
     _check_backend(backend)
     _check_accuracy(accuracy)
+    require_bool("verify", verify, "quantize")
+    if progress is not None:
+        require_bool("progress", progress, "quantize")
     _check_free_sizes(model, dynamic_shapes)
     stages = Stages(progress)
     with stages.stage("export"):
@@ -254,6 +258,7 @@ def _require_quantized(prepared: GraphModule) -> None:
     rows = record_of(prepared).coverage
     if quantized_count(rows) == 0:
         reasons = "; ".join(dict.fromkeys(f"{row.operator}: {row.reason}" for row in rows[:6]))
+        reasons = reasons if rows else "the model has no operator that computes anything"
         raise NothingQuantizedError(f"no operator is quantized: {reasons}", where="quantize")
 
 

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from zeropoint.core.errors import CalibrationError
-from zeropoint.graph.inputs import as_inputs, check_inputs
+from zeropoint.graph.inputs import inputs_for
 
 KEPT_SAMPLES = 64
 KEPT_BYTES = 256 * 2**20
@@ -60,10 +60,7 @@ class CalibrationData:
             yield inputs
 
     def _checked(self, index: int, batch: Any) -> tuple[Any, ...]:
-        where = f"calibration batch {index}"
-        inputs = as_inputs(batch, where)
-        check_inputs(self._model, inputs, where)
-        return inputs
+        return inputs_for(self._model, batch, f"calibration batch {index}")
 
 
 def _iterate(data: Iterable[Any]) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from tests.backends.xnn_graph import delegates, float_nodes, integer_kinds
-from tests.models import export
+from tests.models import Applied, export
 from zeropoint import convert_pt2e, prepare_pt2e
 from zeropoint.backends.xnnpack import (
     LoweredProgram,
@@ -22,6 +22,7 @@ from zeropoint.backends.xnnpack import (
     lower_program,
 )
 from zeropoint.core.errors import LoweringError, NothingQuantizedError, RuleError, SpecError
+from zeropoint.numerics import ops
 from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.report.coverage import CoverageRow
 from zeropoint.report.record import record_of
@@ -219,6 +220,9 @@ def test_nothing_quantized():
         {"act_qmax": -1},
         {"weight_qmin": 1},
         {"weight_qmin": -1.5},
+        {"weight_qmin": None},
+        {"is_per_channel": "yes"},
+        {"is_dynamic": 1},
     ],
 )
 def test_range_that_does_not_hold(arguments: dict[str, int]):
@@ -289,6 +293,24 @@ def test_activations_quantized_at_run_time():
     weights = {node.reads[1] for node in graph.nodes if node.kind in ("FullyConnected", "Conv2d")}
     assert weights == {"qc8c", "qc4c"}
     assert agreement(model, lowered, inputs, tuple(x * 3 for x in inputs)) > 55
+
+
+def test_training_of_activations_quantized_at_run_time():
+    config = get_symmetric_quantization_config(is_per_channel=True, is_qat=True, is_dynamic=True)
+    model = converted(nn.Linear(8, 6), XNNPACKQuantizer().set_global(config), x := torch.randn(2, 8))
+    (chosen,) = [node for node in model.graph.nodes if node.target is ops.CHOOSE_QPARAMS]
+    assert chosen.args[1:] == (-128, 127, 2**-12, torch.int8)
+    assert model(x).shape == (2, 6)
+
+
+def test_numbers_made_tensors_have_the_place_of_their_reader():
+    model = export(Applied(lambda _, x: x * 2.0 + 1.0), torch.randn(2, 8))
+    prepared = prepare_pt2e(model, XNNPACKQuantizer().set_global(INT8))
+    numbers = [node for node in prepared.graph.nodes if "_tensor_constant_" in str(node.target)]
+    assert len(numbers) == 2
+    for node in numbers:
+        assert node.meta["stack_trace"]
+        assert node.meta["from_node"]
 
 
 def test_four_bit_weights():

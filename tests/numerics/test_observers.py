@@ -82,6 +82,13 @@ def test_non_finite_data_is_an_error_that_names_site_and_batch(constructor, valu
     assert observer.batches == 2
 
 
+def test_a_constant_that_is_not_finite_is_in_no_batch():
+    observer = MinMaxObserver()
+    observer.site, observer.constant_input = "weight", True
+    with pytest.raises(NonFiniteError, match=r"^weight: NaN in this constant of the model\. Check what"):
+        observer(torch.tensor([torch.nan]))
+
+
 @pytest.mark.parametrize("constructor", MEASURING)
 def test_an_empty_tensor_is_no_batch(constructor):
     observer = constructor()

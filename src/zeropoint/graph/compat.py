@@ -6,6 +6,8 @@
 | OpOverload, HigherOrderOperator | torch._ops | 2.0 to 2.13 |
 | NodeSource, NodeSourceAction | torch.fx.traceback | 2.6 to 2.13 |
 | detect_fake_mode | torch._guards | 2.1 to 2.13 |
+| Graph._codegen.pytree_info | torch.fx.graph | 1.13 to 2.13 |
+| tree_flatten_spec | torch.fx._pytree | 1.13 to 2.13 |
 | no_dispatch | torch.utils._mode_utils | 2.0 to 2.13 |
 | SymNode.hint, ShapeEnv.bound_sympy | torch.SymInt.node | 2.1 to 2.13 |
 """
@@ -20,7 +22,9 @@ from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
+from torch.fx._pytree import tree_flatten_spec
 from torch.fx.traceback import NodeSource, NodeSourceAction
+from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 
 __all__ = ["FakeTensor", "HigherOrderOperator", "OpOverload", "created_from", "fake_mode_of"]
@@ -35,6 +39,20 @@ def created_from(node: Node, pass_name: str) -> list[NodeSource]:
     made.node_info = NodeSource.NodeInfo(node.name, str(node.target), id(node.graph))
     made.from_node = node.meta.get("from_node") or []
     return [made]
+
+
+def input_structure(graph: Graph) -> pytree.TreeSpec | None:
+    """Returns the structure of a graph's arguments, ``(positional, by name)``; None where it takes leaves."""
+    info = getattr(graph._codegen, "pytree_info", None)
+    return None if info is None else info.in_spec
+
+
+def flatten_as(tree: Any, structure: pytree.TreeSpec) -> list[Any]:
+    """Returns the leaves of a tree in the order that a structure of the same shape has them.
+
+    A list may stand for a tuple; values of a dictionary are found by their keys.
+    """
+    return tree_flatten_spec(tree, structure)
 
 
 def fake_mode_of(graph: Graph) -> FakeTensorMode | None:

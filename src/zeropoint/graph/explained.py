@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from zeropoint.core.errors import CalibrationError, NonFiniteError, ZeropointError
-from zeropoint.graph.inputs import check_inputs
+from zeropoint.graph.inputs import inputs_for
 
 
 class ExplainedModule(GraphModule):
@@ -35,7 +35,7 @@ class ExplainedModule(GraphModule):
 
 def _misfit(model: GraphModule, inputs: tuple[Any, ...]) -> CalibrationError | None:
     try:
-        check_inputs(model, inputs, "prepared model")
+        inputs_for(model, inputs, "prepared model")
     except NonFiniteError:
         return None
     except CalibrationError as error:

@@ -10,33 +10,24 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from zeropoint.core.errors import CalibrationError, NonFiniteError
-from zeropoint.graph.compat import depends_on_another, largest_size, size_in_example
+from zeropoint.graph.compat import depends_on_another, flatten_as, input_structure, largest_size, size_in_example
 
 SMALLEST_END, END_OVER_EXAMPLE = 64, 4
 """What a free size without an end may grow to at least, and as a multiple of the example's."""
 
 
-def as_inputs(batch: Any, where: str) -> tuple[Any, ...]:
-    """Returns a batch as the tuple of positional inputs; a single tensor becomes a tuple of one.
+def inputs_for(model: GraphModule, batch: Any, where: str) -> tuple[Any, ...]:
+    """Returns a batch as the tuple of a graph's positional inputs, dictionaries in the order that the graph knows.
+
+    Args:
+        batch: a tuple or list of inputs, or a single tensor.
 
     Raises:
-        CalibrationError: the batch is neither.
-    """
-    if isinstance(batch, torch.Tensor):
-        return (batch,)
-    if isinstance(batch, (tuple, list)):
-        return tuple(batch)
-    what = f"is {type(batch).__name__}, not a tuple of inputs"
-    raise CalibrationError(what, where=where, remedy="Give each batch as a tuple of the model's positional inputs.")
-
-
-def check_inputs(model: GraphModule, inputs: tuple[Any, ...], where: str) -> None:
-    """Raises when inputs do not fit the graph's placeholders in number, shape or dtype, or are not finite.
-
-    Raises:
-        CalibrationError: names the input, what it is and what the model was exported for.
+        CalibrationError: the batch is something else, or does not fit the graph in structure, number, shape, dtype or
+            fixed value; names the input, what it is and what the model was exported for.
         NonFiniteError: an input holds NaN or infinity.
     """
+    inputs = _as_tuple(batch, where)
     placeholders = [node for node in model.graph.nodes if node.op == "placeholder"]
     leaves = pytree.tree_leaves(inputs)
     if len(leaves) != len(placeholders):
@@ -45,10 +36,46 @@ def check_inputs(model: GraphModule, inputs: tuple[Any, ...], where: str) -> Non
             f"They are: {', '.join(str(p.target) for p in placeholders)}. Leave labels out: [(x,) for x, _ in data]."
         )
         raise CalibrationError(what, where=where, remedy=remedy)
+    structure = input_structure(model.graph)
+    if structure is not None:
+        leaves = _in_order(inputs, structure, where)
+        inputs = pytree.tree_unflatten(leaves, structure)[0]
     for placeholder, value in zip(placeholders, leaves, strict=True):
-        expected = placeholder.meta.get("val")
-        if isinstance(expected, torch.Tensor):
-            _check(value, expected, f"{where}, input {placeholder.target!r}")
+        if "val" in placeholder.meta:
+            _check(value, placeholder.meta["val"], f"{where}, input {placeholder.target!r}")
+    return inputs
+
+
+def _as_tuple(batch: Any, where: str) -> tuple[Any, ...]:
+    if isinstance(batch, torch.Tensor):
+        return (batch,)
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch)
+    what = f"is {type(batch).__name__}, not a tuple of inputs"
+    raise CalibrationError(what, where=where, remedy="Give each batch as a tuple of the model's positional inputs.")
+
+
+def _in_order(inputs: tuple[Any, ...], structure: pytree.TreeSpec, where: str) -> list[Any]:
+    """Returns the leaves of inputs as the structure has them: a list may stand for a tuple, keys come in any order."""
+    try:
+        return flatten_as((inputs, {}), structure)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        wanted, found = (_structure_text(each) for each in (structure, pytree.tree_structure((inputs, {}))))
+        raise CalibrationError(f"its inputs are {found}; the model takes {wanted}", where=where) from error
+
+
+def _structure_text(structure: pytree.TreeSpec) -> str:
+    """Returns the structure of positional inputs as Python writes it, with a point for each leaf."""
+    leaves = [_LEAF] * structure.num_leaves
+    return repr(pytree.tree_unflatten(leaves, structure)[0])
+
+
+class _Leaf:
+    def __repr__(self) -> str:
+        return "."
+
+
+_LEAF = _Leaf()
 
 
 def free_sizes(model: GraphModule, inputs: tuple[Any, ...]) -> Any:
@@ -108,7 +135,16 @@ def _of_example_size(value: Any, leaf: Any) -> Any:
     return leaf if None in sizes else leaf.new_zeros(sizes)
 
 
-def _check(value: Any, expected: torch.Tensor, where: str) -> None:
+def _check(value: Any, expected: Any, where: str) -> None:
+    if isinstance(expected, torch.Tensor):
+        _check_tensor(value, expected, where)
+    elif not isinstance(expected, torch.SymInt) and (isinstance(value, torch.Tensor) or value != expected):
+        found = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
+        what = f"is {found}; the model was exported for {expected!r}, and that is fixed in it"
+        raise CalibrationError(what, where=where, remedy="Export the model for this value, or make it a tensor.")
+
+
+def _check_tensor(value: Any, expected: torch.Tensor, where: str) -> None:
     if not isinstance(value, torch.Tensor):
         raise CalibrationError(f"is {type(value).__name__}, not a tensor", where=where)
     fits = value.dim() == expected.dim() and all(

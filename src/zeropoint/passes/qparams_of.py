@@ -17,6 +17,7 @@ from zeropoint.graph.source import describe
 from zeropoint.numerics import ops
 from zeropoint.numerics.blocks import quantize_in_blocks
 from zeropoint.numerics.observers import ObserverBase
+from zeropoint.numerics.qparams import FLOAT32_EPS
 
 IN_BLOCKS = (torch.int8, torch.uint8, torch.int16)
 
@@ -112,6 +113,12 @@ def qparams_of(observer: Any, node: Node) -> QParams:
 def group_size_of(observer: Any) -> int | None:
     """Returns how many neighbours of a row share a scale, by an observer or a fake quantizer's; None: not per group."""
     return getattr(getattr(observer, "activation_post_process", observer), "group_size", None)
+
+
+def eps_of(observer: Any) -> float:
+    """Returns the smallest scale of an observer or a fake quantizer's; that of float32 where it names none."""
+    eps = getattr(getattr(observer, "activation_post_process", observer), "eps", FLOAT32_EPS)
+    return eps.item() if isinstance(eps, torch.Tensor) else eps
 
 
 def limits_of(observer: Any) -> tuple[int, int]:

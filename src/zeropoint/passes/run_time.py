@@ -14,7 +14,7 @@ from zeropoint.core.specs import PER_CHANNEL
 from zeropoint.graph.emit import Emitter
 from zeropoint.graph.source import describe
 from zeropoint.numerics import ops
-from zeropoint.passes.qparams_of import limits_of
+from zeropoint.passes.qparams_of import eps_of, limits_of
 
 PASS = "convert"
 CONVERT_ELEMENT_TYPE = torch.ops.quantized_decomposed.convert_element_type.no_fuse
@@ -36,7 +36,7 @@ def quantize_at_run_time(node: Node, source: Node, observer: Any) -> None:
     symmetric = observer.qscheme == torch.per_tensor_symmetric
     choose = ops.CHOOSE_QPARAMS_SYMMETRIC if symmetric else ops.CHOOSE_QPARAMS
     limits = limits_of(observer)
-    eps = observer.eps.item() if isinstance(observer.eps, torch.Tensor) else observer.eps
+    eps = eps_of(observer)
     dtype = plain_dtype(observer.dtype)
     emit = Emitter(node, PASS)
     chosen = emit.call(choose, source, *limits, eps, dtype)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from zeropoint.core.arguments import require_bool, require_integer
 from zeropoint.core.configs import QuantizationConfig
 from zeropoint.core.errors import SpecError
 from zeropoint.core.policy import BackendPolicy
@@ -23,6 +24,8 @@ from zeropoint.numerics.observers import (
 
 EPS = 2**-12
 """Smallest scale; that of ExecuTorch's own quantizer for this delegate."""
+
+WHERE = "get_symmetric_quantization_config"
 
 POLICY = BackendPolicy(name="xnnpack", bias="float on the int32 grid")
 
@@ -42,13 +45,14 @@ def get_symmetric_quantization_config(
         is_per_channel: one weight scale per output channel.
         is_qat: fake quantizers in place of observers.
         is_dynamic: activations get their scale at run time.
-        act_qmin, act_qmax: range of activations. The delegate saturates at -128 and 127 whatever the graph says, so
-            ``lower`` refuses any other.
+        act_qmin, act_qmax: range of activations; ``lower`` takes -128 and 127 only, where the delegate saturates.
         weight_qmin, weight_qmax: range of weights; -8 and 7 for 4-bit weights.
 
     Raises:
-        SpecError: a range is empty, does not fit int8, or leaves out 0.
+        SpecError: a flag is no bool, or a range is empty, does not fit int8, or leaves out 0.
     """
+    _require_bools(is_per_channel=is_per_channel, is_qat=is_qat, is_dynamic=is_dynamic)
+    _require_zero(act=(act_qmin, act_qmax), weight=(weight_qmin, weight_qmax))
     activation = QuantizationSpec(
         dtype=torch.int8,
         observer_or_fake_quant_ctr=_activation_observer(is_qat, is_dynamic),
@@ -65,16 +69,21 @@ def get_symmetric_quantization_config(
         qscheme=torch.per_channel_symmetric if is_per_channel else torch.per_tensor_symmetric,
         ch_axis=0,
     )
-    _require_zero(act=(act_qmin, act_qmax), weight=(weight_qmin, weight_qmax))
     return QuantizationConfig(activation, None if is_dynamic else activation, weight, None, is_qat)
+
+
+def _require_bools(**flags: bool) -> None:
+    for name, flag in flags.items():
+        require_bool(name, flag, WHERE)
 
 
 def _require_zero(**ranges: tuple[int, int]) -> None:
     for role, (low, high) in ranges.items():
+        low, high = require_integer(f"{role}_qmin", low, WHERE), require_integer(f"{role}_qmax", high, WHERE)
         if not low <= 0 <= high:
             taken = {"act": "-128 and 127, which the delegate takes", "weight": "-127 and 127, or -8 and 7"}[role]
             what = f"{role}_qmin={low}, {role}_qmax={high} leaves out 0"
-            raise SpecError(what, where="get_symmetric_quantization_config", remedy=f"Choose {taken}.")
+            raise SpecError(what, where=WHERE, remedy=f"Choose {taken}.")
 
 
 def get_default_quantization_config() -> QuantizationConfig:

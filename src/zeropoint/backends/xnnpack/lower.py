@@ -23,7 +23,7 @@ from zeropoint.core.extras import import_extra
 from zeropoint.graph.capture import capture, require_exported
 from zeropoint.graph.compat import is_tensor_value, largest_size
 from zeropoint.graph.emit import complete_values
-from zeropoint.graph.inputs import as_inputs, check_inputs, free_axes, free_sizes, with_free_sizes
+from zeropoint.graph.inputs import free_axes, free_sizes, inputs_for, with_free_sizes
 from zeropoint.graph.no_ops import erase_no_ops
 
 NAME = "xnnpack"
@@ -74,19 +74,19 @@ def lower_program(
     _check_made_for(model)
     _check_converted(model)
     complete_values(model)
-    check_inputs(model, as_inputs(example_inputs, EXAMPLES), EXAMPLES)
+    inputs = inputs_for(model, example_inputs, EXAMPLES)
     erase_no_ops(model)
     spell(model, TO_LOWER)
     repair(model)
     check_sound(model)
-    return _lower(model, example_inputs, dynamic_shapes)
+    return _lower(model, inputs, dynamic_shapes)
 
 
 def lower_float(model: nn.Module, example_inputs: tuple[Any, ...], *, dynamic_shapes: Any = None) -> LoweredProgram:
     """Returns the ``.pte`` file of a model as it is, in float: what a quantized one is compared with."""
     captured = copy.deepcopy(capture(model, example_inputs, dynamic_shapes=dynamic_shapes))
     spell(captured, TO_LOWER)
-    return _lower(captured, example_inputs, dynamic_shapes)
+    return _lower(captured, inputs_for(captured, example_inputs, EXAMPLES), dynamic_shapes)
 
 
 def _check_made_for(model: GraphModule) -> None:
@@ -106,7 +106,7 @@ def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: 
     import_extra("executorch.kernels.quantized", "executorch")
     give_each_batch_norm_its_weight(model)
     model.recompile()
-    exported = _exported(model, as_inputs(example_inputs, EXAMPLES), dynamic_shapes)
+    exported = _exported(model, example_inputs, dynamic_shapes)
     check_sound(exported.graph_module, SIZE_RULES)
     try:
         return _divided(exported)

@@ -15,7 +15,7 @@ from zeropoint.annotate.rules import WRITTEN_KEY
 from zeropoint.graph.attributes import Names, get_attribute
 from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.constants import constant_nodes
-from zeropoint.graph.emit import Emitter
+from zeropoint.graph.emit import Emitter, inherit
 from zeropoint.graph.graph_pass import remove_dead_code
 from zeropoint.graph.layers import as_linear, pads_with_zero
 from zeropoint.graph.schema import schema_of
@@ -66,6 +66,7 @@ class _Place:
         with self.model.graph.inserting_before(self.node):
             read = self.model.graph.get_attr(path)
         read.meta["val"] = self.node.meta["val"].new_empty(value.shape)
+        inherit(read, self.node, PASS)
         self.constants.add(read)
         return read
 

@@ -164,6 +164,9 @@ class ObserverBase(WithArgs, torch.nn.Module):
         if math.isfinite(low) and math.isfinite(high):
             return
         found = "NaN" if math.isnan(low) or math.isnan(high) else "infinity"
+        if self.constant_input:
+            remedy = "Check what the model was loaded from."
+            raise NonFiniteError(f"{found} in this constant of the model", where=self.where, remedy=remedy)
         remedy = "Check this batch of the data, and the operator that made the tensor."
         raise NonFiniteError(f"{found} in batch {self.batches} (counted from 0)", where=self.where, remedy=remedy)
 
