@@ -144,7 +144,8 @@ def quantize(
         quantizer: annotates the graph; by default the backend's, int8 with per-channel weights.
         dynamic_shapes: which sizes are free, as in ``torch.export.export``; for a module that is not exported yet.
         accuracy: what is done beyond rounding: ``"equalize"`` the channels of activations between two layers,
-            ``"correct_biases"`` for the shift that rounding gives to the mean of each channel. Both are exact in float.
+            ``"correct_biases"`` for the shift that rounding gives to the mean of each channel, unless the model writes
+            to buffers. Both are exact in float.
         verify: run the file in a child process and compare it with the converted model.
         progress: write progress to standard error; by default when that is a terminal.
 
@@ -227,13 +228,20 @@ def _check_free_sizes(model: object, dynamic_shapes: Any) -> None:
 def _improve(
     float_model: GraphModule, data: CalibrationData, accuracy: Sequence[str]
 ) -> tuple[GraphModule, dict[str, torch.Tensor]]:
-    """Returns a copy of the model to be quantized, and what bias correction will want of it."""
+    """Returns a copy of the model to be quantized, and what bias correction will want of it.
+
+    That is nothing where the model writes to buffers: it corrects layer by layer, each on all batches, and what such a
+    model computes depends on the batches before.
+    """
     working = _copy(float_model)
     canonicalize(working)
     fold_batch_norm(working)
     if "equalize" in accuracy:
         equalize(working, data.kept)
-    return working, channel_means(working, data.kept) if "correct_biases" in accuracy else {}
+    corrects = "correct_biases" in accuracy and not mutated_attributes(working.graph)
+    reference = channel_means(working, data.kept) if corrects else {}
+    _restart(working, float_model)
+    return working, reference
 
 
 def _check_backend(backend: str) -> None:

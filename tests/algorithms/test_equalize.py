@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from zeropoint.algorithms.equalize import SMALLEST_FACTOR, STRENGTH, equalize, factors, find_pairs
+from zeropoint.algorithms.equalize import FEW_VALUES, SMALLEST_FACTOR, STRENGTH, equalize, factors, find_pairs
 from zeropoint.algorithms.watch import watch
 
 
@@ -79,7 +79,10 @@ def test_the_function_stays_the_same(name):
 def test_factors():
     low, high = torch.tensor([-1.0, -0.01, 0.0]), torch.tensor([4.0, 0.5, 1e-9])
     expected = [1.0, (0.5 / 4) ** STRENGTH, SMALLEST_FACTOR]
-    torch.testing.assert_close(factors(low, high), torch.tensor(expected))
+    torch.testing.assert_close(factors(low, high, 10**9), torch.tensor(expected))
+    few = factors(low, high, FEW_VALUES)
+    torch.testing.assert_close(few[1], torch.tensor((0.5 / 4) ** (STRENGTH / 2)))
+    assert factors(low, high, 1).min() > 0.9
 
 
 class Residual(nn.Module):

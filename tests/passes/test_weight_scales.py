@@ -23,8 +23,10 @@ from zeropoint.backends.xnnpack import (
 from zeropoint.graph.bind import argument
 from zeropoint.graph.layers import LAYERS
 from zeropoint.numerics.observers import MinMaxObserver
+from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.passes.qparams_of import QParams, observer_of
-from zeropoint.passes.weight_scales import steady_scale, steady_weight_scales
+from zeropoint.passes.weight_scales import holding_bias, steady_scale, steady_weight_scales
+from zeropoint.report.record import record_of
 from zeropoint.runtime.child import run_in_child
 
 scales = st.floats(2.0**-12, 100.0, width=32)
@@ -180,3 +182,41 @@ def test_observers_keep_their_range():
     (chosen,) = of_weights(model)
     assert torch.equal(observer.calculate_qparams()[0], before)
     assert before <= chosen.scale <= before * (1 + LARGEST_RAISE)
+
+
+def test_small_scales_hold_the_bias():
+    w, x = torch.tensor([2.0**-20, 2.0**-20, 0.5]), torch.tensor([0.01])
+    raised = holding_bias(w, x, torch.tensor([0.1, -1000.0, 1e20]), groups=1)
+    assert raised.tolist() == [2.0**-20, pytest.approx(1000 / 0.01 / 2**30), 0.5]
+    assert holding_bias(w[:1], x, torch.tensor([0.0, 1e20]), groups=1).item() == 2.0**-12
+    shared = holding_bias(w[:2], x, torch.tensor([0.1, 0.1, 0.1, 1000.0]), groups=2)
+    assert shared.tolist() == [2.0**-20, pytest.approx(1000 / 0.01 / 2**30)]
+
+
+def quantized(module: nn.Module, *batches: torch.Tensor) -> GraphModule:
+    quantizer = XNNPACKQuantizer().set_global(get_default_quantization_config())
+    model = prepare_pt2e(export(module.eval(), batches[0]), quantizer)
+    for x in batches:
+        model(x)
+    return convert_pt2e(model)
+
+
+@torch.no_grad()
+def test_channel_of_no_weights_and_a_large_bias():
+    """Its scale would be 2^-20, and its bias overflow."""
+    torch.manual_seed(0)
+    module, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8)
+    module.weight[0], module.bias[0] = 0.0, 1000.0
+    model = quantized(module, x)
+    assert record_of(model).biases[0].overflowed == ()
+    assert torch.equal(model(x), run_in_child(lower(model, (x,)), [(x,)])[0][0])
+
+
+@torch.no_grad()
+def test_small_outputs_are_not_zero():
+    torch.manual_seed(0)
+    module, x = nn.Conv2d(3, 4, 3, bias=False), torch.randn(2, 3, 8, 8)
+    module.weight.mul_(1e-3)
+    model = quantized(module, x)
+    assert sqnr_db(module(x), model(x)) > 35
+    assert torch.equal(model(x), run_in_child(lower(model, (x,)), [(x,)])[0][0])

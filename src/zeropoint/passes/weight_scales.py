@@ -21,11 +21,13 @@ from zeropoint.core.specs import SYMMETRIC
 from zeropoint.graph.bind import argument
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.constants import constant_nodes, evaluate
-from zeropoint.graph.layers import LAYERS
+from zeropoint.graph.layers import LAYERS, groups_of
 from zeropoint.passes.qparams_of import QParams, group_size_of, observe_constant, observer_of, qparams_of
 
 SMALLEST_DENOMINATOR = 256
 """About the smallest ``q``: larger ones follow a scale more closely, smaller ones stay further from halves."""
+COARSE = 2.0**-12
+"""Smallest weight scale of the field's quantizers for this arithmetic."""
 SMALLEST_RATIO = 2.0**-32
 """Of ``M`` in XNNPACK's requantization; a smaller one cannot be reached by int8 data."""
 
@@ -55,8 +57,30 @@ def steady_weight_scales(model: GraphModule) -> dict[int, QParams]:
         except CalibrationError:
             continue  # Convert raises it, with the name of the tensor.
         x, w, y = (found[id(observer)] for observer in observers)
-        found[id(weight)] = replace(w, scale=steady_scale(x.scale, w.scale, y.scale))
+        bias = argument(node, "bias")
+        wide = w.scale
+        if isinstance(bias, Node) and bias in constants:
+            wide = holding_bias(w.scale, x.scale, evaluate(model, bias), groups_of(node))
+        found[id(weight)] = replace(w, scale=steady_scale(x.scale, wide, y.scale))
     return found
+
+
+def holding_bias(w: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, groups: int) -> torch.Tensor:
+    """Returns weight scales, small ones raised to at most 2^-12 where the bias would not fit int32 of ``s_x * s_w``.
+
+    Such are the scales of a channel of next to no weights, which batch norm made of one that never changes.
+
+    Args:
+        w, x: scales of weight and input, float32, ``(1,)``; or of the weight, ``(channels,)``.
+        bias: float, one for each channel of the output.
+        groups: of a transposed convolution: its groups share scales.
+    """
+    needed = (bias.detach().abs().to(w.dtype) / (x * 2.0**30)).clamp(max=COARSE)
+    if len(w) == 1:
+        needed = needed.amax(0, keepdim=True)
+    elif len(w) * groups == len(needed):
+        needed = needed.reshape(groups, -1).amax(0)
+    return torch.maximum(w, needed) if len(w) == len(needed) else w  # Else they are not those of output channels.
 
 
 def steady_scale(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from zeropoint.graph.schema import schema_of
 
 aten = torch.ops.aten
 PASS = "xnnpack.transform"
+LARGEST = torch.finfo(torch.float32).max
 
 
 def spell(model: GraphModule, spellings: Spellings) -> None:
@@ -92,12 +93,17 @@ def _reversed_subtraction(place: _Place) -> None:
 
 
 def _clamp_to_hardtanh(place: _Place) -> None:
-    """A clamp at both ends is a hardtanh and one at 0 a relu, which the delegate fuses."""
+    """A clamp is a hardtanh, and one at 0 a relu, which the delegate fuses.
+
+    Clamps of an open end with a bound beyond 0 make a file of executorch 1.4 that does not run.
+    """
     low, high = place.argument("min"), place.argument("max")
-    if low is not None and high is not None:
-        place.replace(place.emit.call(aten.hardtanh.default, place.argument("self"), float(low), float(high)))
-    elif low == 0 and high is None:
+    if low == 0 and high is None:
         place.replace(place.emit.call(aten.relu.default, place.argument("self")))
+        return
+    low, high = (-LARGEST if low is None else float(low)), (LARGEST if high is None else float(high))
+    if low <= high:
+        place.replace(place.emit.call(aten.hardtanh.default, place.argument("self"), low, high))
 
 
 def _mean_keeps_dims(place: _Place) -> None:
@@ -248,6 +254,9 @@ ALWAYS: Spellings = {
     aten.avg_pool2d.default: _average,
     aten.conv1d.padding: _explicit_padding,
     aten.conv2d.padding: _explicit_padding,
+    aten.clamp.default: _clamp_to_hardtanh,
+    aten.clamp_min.default: _clamp_to_hardtanh,
+    aten.clamp_max.default: _clamp_to_hardtanh,
 }
 """Rewritings that keep the pattern of q and dq around an operator."""
 
@@ -263,7 +272,6 @@ TO_ANNOTATE: Spellings = ALWAYS | {
     aten.mul_.Tensor: _number_to_buffer,
     aten.rsub.Scalar: _reversed_subtraction,
     aten.rsub.Tensor: _reversed_subtraction,
-    aten.clamp.default: _clamp_to_hardtanh,
     aten.mean.dim: _mean_keeps_dims,
     aten.matmul.default: _matmul_to_linear,
     aten.mm.default: _matmul_to_linear,
