@@ -28,6 +28,8 @@ from zeropoint.graph.no_ops import erase_no_ops
 
 NAME = "xnnpack"
 EXAMPLES = "example_inputs"
+LINES = 4
+"""Of an error of ExecuTorch that are shown; the others are a print of its graph."""
 CYCLE = "dependency cycle"
 """In the message of torch.fx where a piece reads what is computed from itself outside."""
 
@@ -111,12 +113,23 @@ def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: 
     try:
         return _divided(exported)
     except Exception as error:
-        what = f"ExecuTorch could not lower the model: {type(error).__name__}: {str(error).strip()}"
+        what = f"ExecuTorch could not lower the model: {_chain(error)}"
         remedy = (
             "Where the message names an operator that is quantized, leave that float (set_module_name or "
             "set_operator_type None); where lower_float fails on the float model as well, write it with others."
         )
         raise LoweringError(what, where="xnnpack.lower", remedy=remedy) from error
+
+
+def _chain(error: BaseException) -> str:
+    """Returns an error and those behind it in words: ExecuTorch names the operator in the first one only."""
+    parts: list[str] = []
+    current: BaseException | None = error
+    while current is not None:
+        lines = [line.strip() for line in str(current).splitlines() if line.strip()]
+        parts.append(f"{type(current).__name__}: {' '.join(lines[:LINES])}")
+        current = current.__cause__ or current.__context__
+    return "\n  because of ".join(dict.fromkeys(parts))
 
 
 def _divided(exported: ExportedProgram) -> LoweredProgram:
