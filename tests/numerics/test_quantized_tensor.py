@@ -75,6 +75,8 @@ def test_it_prints_in_one_line():
     assert repr(t) == line
     t = QuantizedTensor.quantize(x, torch.uint8, quant_max=15, scheme="affine")
     assert repr(t) == "QuantizedTensor((2, 2), uint8 0..15, PerTensor(), scale 0.254, zero_point 10, 10 bytes)"
+    t = QuantizedTensor.quantize(torch.tensor([0.0, 1.0]), torch.int16, scheme="affine")
+    assert "zero_point -32768, " in repr(t)
     assert "no scale" in repr(t.to("meta"))
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from torch import nn
 
 from tests.backends.q_dq import qd
 from zeropoint.backends.xnnpack import lower_float
-from zeropoint.core.errors import FileError, MissingExtraError, RuntimeFailure
+from zeropoint.core.errors import FileError, MissingExtraError, RuntimeFailure, SpecError
 from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.runtime.child import load_values, run_in_child, save_values
 from zeropoint.runtime.executorch import Program
@@ -39,6 +41,13 @@ class PerChannel(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scales, zero_points = torch.full((2,), 0.1), torch.zeros(2, dtype=torch.int64)
         return qd.quantize_per_channel(x, scales, zero_points, 0, -128, 127, torch.int8)
+
+
+class Scaled(nn.Module):
+    """Takes a number beside its tensor."""
+
+    def forward(self, x: torch.Tensor, factor: int) -> torch.Tensor:
+        return x * factor
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +98,67 @@ def test_truncated_file(pte: bytes, tmp_path: Path):
             Program.load(path)
 
 
-def test_wrong_input_shape(pte: bytes):
-    with pytest.raises(RuntimeFailure, match=r"the runtime failed on inputs of shape \(2, 5\)"):
-        Program(pte)(torch.zeros(2, 5))
+def test_damaged_file_is_an_error_and_no_crash(pte: bytes):
+    """In a child process: what is tested for once ended Python."""
+    code = """import sys
+from zeropoint.core.errors import RuntimeFailure
+from zeropoint.runtime.executorch import Program
+pte = open(sys.argv[1], "rb").read()
+for start in range(64, 400, 24):
+    try:
+        Program(pte[:start] + b"\\xff" * 50 + pte[start + 50:])
+    except RuntimeFailure as error:
+        print(error)
+"""
+    with tempfile.NamedTemporaryFile(suffix=".pte") as file:
+        Path(file.name).write_bytes(pte)
+        done = subprocess.run([sys.executable, "-c", code, file.name], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "the runtime did not load it: the file is damaged" in done.stdout
+    assert "Copy or write the file again." in done.stdout
+
+
+@pytest.mark.parametrize("content", [None, "model.pte", Path("model.pte"), 5])
+def test_what_is_no_bytes(content: object):
+    with pytest.raises(SpecError, match=r"program: pte is \w+, not bytes\. Give the bytes.*Program\.load"):
+        Program(content)
+
+
+def test_other_kinds_of_bytes(pte: bytes):
+    assert torch.equal(Program(bytearray(pte))(*INPUTS)[0], Program(memoryview(pte))(*INPUTS)[0])
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 5), torch.zeros(3), torch.zeros(2, 3, dtype=torch.int32)])
+def test_wrong_input_is_named_with_what_the_program_takes(pte: bytes, x: torch.Tensor):
+    words = f"program: input 0 is {x.dtype} of shape {tuple(x.shape)}, the program takes torch.float32 of shape (2, 3)."
+    with pytest.raises(RuntimeFailure, match=re.escape(words)):
+        Program(pte)(x)
+
+
+@pytest.mark.parametrize(("x", "text"), [(torch.zeros(1, 3), r"torch.float32 of shape (1, 3)"), (2.5, "2.5")])
+def test_input_that_the_runtime_refuses(pte: bytes, x: object, text: str):
+    words = f"the runtime failed on inputs {text}, where the program takes torch.float32 of shape (2, 3): "
+    with pytest.raises(RuntimeFailure, match=re.escape(words)):
+        Program(pte)(x)
+
+
+def test_longer_rows_of_a_varying_number_are_refused(layer: nn.Module):
+    """The runtime would take them: there are not more elements than there may be."""
+    count = torch.export.Dim("count", min=1, max=9)
+    program = Program(lower_float(layer, INPUTS, dynamic_shapes=({0: count},)).pte)
+    assert program(torch.zeros(5, 3))[0].shape == (5, 4)
+    with pytest.raises(RuntimeFailure, match=r"input 0 is .*\(2, 4\), the program takes .*\(9, 3\)\. .*may vary"):
+        program(torch.zeros(2, 4))
 
 
 def test_wrong_number_of_inputs(pte: bytes):
-    with pytest.raises(RuntimeFailure, match=r"the runtime failed on inputs of shape \(2, 3\), \(2, 3\)"):
+    with pytest.raises(RuntimeFailure, match=r"program: 2 inputs were given, the program takes 1"):
         Program(pte)(INPUTS[0], INPUTS[0])
+
+
+def test_numbers_are_no_tensors():
+    program = Program(lower_float(Scaled(), (INPUTS[0], 2)).pte)
+    assert torch.equal(program(INPUTS[0], 2)[0], INPUTS[0] * 2)
 
 
 def test_child_runs_each_batch(pte: bytes, layer: nn.Module):
@@ -113,7 +175,7 @@ def test_aborting_kernel_kills_the_child_only(aborting: bytes):
 
 
 def test_failure_in_the_child_is_said_without_a_traceback(pte: bytes):
-    with pytest.raises(RuntimeFailure, match=r"the runtime failed on inputs of shape \(2, 5\)") as caught:
+    with pytest.raises(RuntimeFailure, match=r"input 0 is torch\.float32 of shape \(2, 5\)") as caught:
         run_in_child(pte, [(torch.zeros(2, 5),)])
     assert "Traceback" not in str(caught.value)
     assert "^^^" not in str(caught.value)

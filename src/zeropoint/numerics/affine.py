@@ -4,12 +4,16 @@
 
 Rounding is half to even. The arithmetic is that of the ``quantized_decomposed`` operators, bit for bit
 (torch/ao/quantization/fx/_decomposed.py): per tensor the reciprocal is taken in float64 and rounded to float32; else it
-is taken in the dtype of the scale, and the product is float32, or float64 for a float64 scale. Two differences:
+is taken in the dtype of the scale, and the product is float32, or float64 for a float64 scale. Four differences, of
+which ``quantize_unchecked`` and ``dequantize_unchecked`` have the first two:
 
 * Where ``quant_min`` or ``quant_max`` is no float32 number (the range of int32), torch clamps to the rounded bound and
   its conversion to an integer overflows; here the result is the bound.
 * Integers and zero points are subtracted without overflow, whatever their dtypes; torch wraps in int8 or int32, and
   has no subtraction for uint16.
+* Zero points and integers of int32 that float32 cannot hold are added and subtracted exactly; torch rounds them first.
+* Real values of float16 and bfloat16 are those of float32, rounded once; torch rounds each step per tensor, so that
+  integers of 16 bits overflow in float16.
 
 NaN has no integer: what it becomes is not specified, as in torch.
 """
@@ -35,6 +39,9 @@ ZeroPointAdded: TypeAlias = Literal["after_rounding", "before_rounding"]
 that a tie goes to the even **integer**; the other operators after, so that a tie goes to the even number of steps."""
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+FLOAT32_INTEGERS = 2**24
+"""Up to here float32 holds every integer."""
 
 _PER_TENSOR = PerTensor()
 
@@ -73,6 +80,8 @@ def quantize(
     if zero_point.is_floating_point() and zero_point_added == "after_rounding":
         remedy = 'Pass zero_point_added="before_rounding", or integers.'
         raise SpecError(f"zero_point is {zero_point.dtype}", where="quantize", remedy=remedy)
+    if max(-low, high) > FLOAT32_INTEGERS and not zero_point.is_floating_point():
+        zero_point = zero_point.double()  # Sums with it are float64, which holds every int32.
     integers = quantize_unchecked(x.float(), scale, zero_point, granularity, low, high, zero_point_added)
     return integers.to(plain_dtype(dtype))
 
@@ -90,8 +99,7 @@ def dequantize(
     Args:
         q: tensor of an integer storage dtype, any shape.
         scale, zero_point: as in ``quantize``.
-        dtype: float dtype of the result. Per tensor it is the dtype of the arithmetic too; else that is float32, or
-            float64 for a float64 scale, and the result is rounded once.
+        dtype: float32, float16, bfloat16 or float64. The short types get the float32 value, rounded once.
 
     Returns:
         tensor of ``dtype``, shape of ``q``.
@@ -100,9 +108,16 @@ def dequantize(
         SpecError: a dtype, shape, scale or zero point that cannot hold; the message says the value.
     """
     check_integers(q, "dequantize")
+    if dtype not in (*FLOAT_DTYPES, torch.float64):
+        remedy = "Use torch.float32, float64, float16 or bfloat16; for the integers themselves, they are the argument."
+        raise SpecError(f"dtype={dtype} is no type of real values", where="dequantize", remedy=remedy)
     integers = integer_range(q.dtype)
     scale, zero_point = checked_qparams(q.shape, scale, zero_point, granularity, integers, "dequantize")
-    return dequantize_unchecked(q, scale, zero_point, granularity, dtype)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    is_wide = q.dtype == torch.int32 and not zero_point.is_floating_point()
+    if is_wide and scale.dtype in (torch.float32, torch.float64):
+        return _dequantize_wide(q, scale, zero_point, granularity, compute).to(dtype)
+    return dequantize_unchecked(q, scale, zero_point, granularity, compute).to(dtype)
 
 
 def choose_qparams_blockwise(
@@ -162,6 +177,8 @@ def quantize_unchecked(
         (view, qparams_view), inverse = _views(x.shape, block_size(granularity, x.shape)), 1.0 / scale
     steps = x.reshape(view) * inverse.reshape(qparams_view)
     shift = zero_point.reshape(qparams_view)
+    if shift.dtype == torch.float64:  # One value alone would not make the sum float64.
+        steps = steps.double()
     match zero_point_added:
         case "after_rounding":
             integers = torch.round(steps) + shift
@@ -190,6 +207,18 @@ def _dequantize_per_tensor(
     compute = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     steps = (q.to(dtype).to(compute) - zero_point.reshape(()).to(compute)).to(dtype)
     return (steps.to(compute) * scale.reshape(()).to(compute)).to(dtype)
+
+
+def _dequantize_wide(
+    q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, granularity: Granularity, dtype: torch.dtype
+) -> torch.Tensor:
+    """For int32: float32 holds neither all integers nor all differences. Up to 2**24 the bits are the same."""
+    if granularity == _PER_TENSOR:
+        view, qparams_view, scale = q.shape, (), scale.to(dtype)
+    else:
+        view, qparams_view = _views(q.shape, block_size(granularity, q.shape))
+    steps = q.to(torch.int64).reshape(view) - zero_point.reshape(qparams_view)
+    return (steps.double() * scale.double().reshape(qparams_view)).to(dtype).reshape(q.shape)
 
 
 def _saturated(integers: torch.Tensor, quant_min: int, quant_max: int) -> torch.Tensor:

@@ -190,7 +190,8 @@ def _range_text(name: str, values: torch.Tensor) -> str:
     """Returns the smallest and largest of the values, once where they print alike."""
     if values.numel() == 0 or values.device.type == "meta":
         return f"no {name}"
-    low, high = f"{values.min().item():.3g}", f"{values.max().item():.3g}"
+    form = ".3g" if values.is_floating_point() else "d"
+    low, high = f"{values.min().item():{form}}", f"{values.max().item():{form}}"
     return f"{name} {low}" if low == high else f"{name} {low}..{high}"
 
 
