@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -16,12 +17,18 @@ from zeropoint.graph.emit import Emitter
 from zeropoint.graph.layers import LAYERS, pads_with_zero
 from zeropoint.numerics import ops
 
+aten = torch.ops.aten
+
+
+ONE_DIMENSION = (aten.conv1d.default, aten.conv1d.padding, aten.conv_transpose1d.default)
+
 
 def repair(model: GraphModule) -> None:
     """Gives each operator quantizers and parameters such as the delegate wants them; what is computed stays."""
     give_each_padding_its_quantize(model)
     give_each_move_one_scale(model)
     give_each_layer_its_bias(model)
+    give_each_layer_of_one_dimension_its_weight(model)
 
 
 def give_each_layer_its_bias(model: GraphModule) -> None:
@@ -35,6 +42,20 @@ def give_each_layer_its_bias(model: GraphModule) -> None:
         path = str(bias.target)
         if path in seen:
             _give_own_parameter(model, node, "bias", names.new(f"{path.replace('.', '_')}_"))
+        seen.add(path)
+
+
+def give_each_layer_of_one_dimension_its_weight(model: GraphModule) -> None:
+    """Copies a quantized weight that several layers read, which executorch 1.4 gives a second dimension for each."""
+    names = Names(model)
+    seen: set[str] = set()
+    for node in [node for node in model.graph.nodes if node.target in ONE_DIMENSION]:
+        dequantize = argument(node, "weight")
+        if dequantize.target not in ops.DEQUANTIZE_OPS or dequantize.args[0].op != "get_attr":
+            continue
+        path = str(dequantize.args[0].target)
+        if path in seen:
+            _give_own_parameter(model, dequantize, "input", names.new(f"{path.replace('.', '_')}_"))
         seen.add(path)
 
 

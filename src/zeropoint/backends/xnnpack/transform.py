@@ -5,6 +5,7 @@ Used before annotation, so that more operators are computed in int8, and before 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.emit import Emitter, inherit
 from zeropoint.graph.graph_pass import remove_dead_code
-from zeropoint.graph.layers import as_linear, pads_with_zero
+from zeropoint.graph.layers import LAYERS, as_linear, pads_with_zero
 from zeropoint.graph.schema import schema_of
 
 aten = torch.ops.aten
@@ -199,21 +200,52 @@ def _average(place: _Place) -> None:
     set_argument(place.node, "count_include_pad", False)
 
 
+def _cut(place: _Place) -> None:
+    """Padding by less than nothing cuts: no kernel does, and a slice is what it is."""
+    amounts, source, mode = place.argument("pad"), place.argument("self"), place.argument("mode")
+    sizes = source.meta["val"].shape
+    cuts = [len(sizes) - 1 - i // 2 for i, amount in enumerate(amounts) if amount < 0]
+    if not cuts or mode not in (None, "constant") or not all(isinstance(sizes[axis], int) for axis in cuts):
+        return
+    for i, (before, after) in enumerate(zip(amounts[::2], amounts[1::2], strict=True)):
+        axis = len(sizes) - 1 - i
+        if axis in cuts:
+            ends = max(0, -before), sizes[axis] - max(0, -after)
+            source = place.emit.call(aten.slice.Tensor, source, axis, *ends)
+    grown = [max(0, amount) for amount in amounts]
+    if any(grown):
+        source = place.emit.call(aten.constant_pad_nd.default, source, grown, place.argument("value") or 0.0)
+    place.replace(source)
+
+
+def _piece(place: _Place) -> None:
+    """A piece of what is split is a slice: the delegate has those, and no operator that returns several tensors."""
+    source, index = place.node.args
+    if not isinstance(source, Node) or source.target not in SPLITS or not isinstance(index, int):
+        return
+    axis = argument(source, "dim") % place.node.meta["val"].dim()
+    lengths = [piece.shape[axis] for piece in source.meta["val"]]
+    if all(isinstance(length, int) for length in lengths):
+        start = sum(lengths[:index])
+        whole = source.all_input_nodes[0]
+        place.replace(place.emit.call(aten.slice.Tensor, whole, axis, start, start + lengths[index]))
+
+
 def _float_to_two_dimensions(place: _Place) -> None:
     """A float operator of one dimension gets a second of size 1.
 
     executorch 1.4 makes a 2d convolution of it, and where quantized values come or go, a quantized one, although the
     weight is float (backends/xnnpack/_passes/conv1d_unsqueeze_pass.py): that fails.
     """
-    node, x = place.node, place.argument("input")
+    names = schema_of(place.node.target).names
+    node, x = place.node, place.argument(names[0])
     sizes = _sizes(node.meta["val"].shape)
     if x.meta["val"].dim() != 3 or sizes.count(-1) > 1 or not _has_float_weight(place):
         if node.target is aten.conv1d.padding:
             _explicit_padding(place)
         return
     wide = place.emit.call(aten.reshape.default, x, [*_sizes(x.meta["val"].shape), 1])
-    names = [name for name in schema_of(node.target).names if name != "input"]
-    rest = [_second_dimension(place, name) for name in names]
+    rest = [_second_dimension(place, name) for name in names[1:]]
     result = place.emit.call(TWO_DIMENSIONS[node.target], wide, *rest)
     place.replace(place.emit.call(aten.reshape.default, result, sizes))
 
@@ -223,6 +255,7 @@ TWO_DIMENSIONS: dict[Any, Any] = {
     aten.conv1d.padding: aten.conv2d.padding,
     aten.conv_transpose1d.default: aten.conv_transpose2d.input,
     aten.batch_norm.default: aten.batch_norm.default,
+    aten.prelu.default: aten.prelu.default,
 }
 ALONG_SIZE_1 = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
 """What a convolution does along a dimension of size 1 that its kernel has too: nothing."""
@@ -230,18 +263,23 @@ ALONG_SIZE_1 = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
 
 def _has_float_weight(place: _Place) -> bool:
     weight = place.argument("weight")
-    return place.node.target is aten.batch_norm.default or (weight.op == "get_attr" and weight in place.constants)
+    return place.node.target not in LAYERS or (weight.op == "get_attr" and weight in place.constants)
 
 
 def _second_dimension(place: _Place, name: str) -> Any:
     """Returns an argument of an operator of one dimension as one of two takes it."""
     value = place.argument(name)
-    if name == "weight" and place.node.target is not aten.batch_norm.default:
+    if name == "weight" and place.node.target in LAYERS:
         return place.tensor(get_attribute(place.model, str(value.target)).detach().unsqueeze(-1))
     return [*value, ALONG_SIZE_1[name]] if name in ALONG_SIZE_1 and isinstance(value, list) else value
 
 
+SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+
 ALWAYS: Spellings = {
+    operator.getitem: _piece,
+    aten.pad.default: _cut,
+    aten.constant_pad_nd.default: _cut,
     aten.squeeze.default: _squeeze_to_view,
     aten.squeeze.dim: _squeeze_to_view,
     aten.squeeze.dims: _squeeze_to_view,
