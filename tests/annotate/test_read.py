@@ -30,7 +30,7 @@ from zeropoint.core.specs import (
 )
 from zeropoint.graph.bind import Site
 from zeropoint.graph.graph_pass import bodies
-from zeropoint.numerics.observers import MinMaxObserver
+from zeropoint.numerics.observers import MinMaxObserver, PlaceholderObserver
 
 ACT = quantizers.activation()
 
@@ -199,3 +199,30 @@ def test_specs_of_a_configuration():
 def test_schemes_that_a_role_cannot_have(get, config, words):
     with pytest.raises(SpecError, match=words):
         get(QuantizationConfig(*config))
+
+
+def integers(*args):
+    model = models.export(models.Applied(lambda m, x: (x + 2).clamp(0)), *args)
+    return model, models.find(model, "add")
+
+
+@pytest.mark.parametrize("output", [None, ACT])
+@pytest.mark.parametrize("kind", [QuantizationSpec, FixedQParamsQuantizationSpec])
+def test_integers_cannot_be_quantized(output, kind):
+    spec = ACT if kind is QuantizationSpec else FixedQParamsQuantizationSpec(torch.int8, 0.5, 0)
+    model, add = integers(torch.arange(4))
+    annotate(add, {} if output else {"self": spec}, spec if output else None)
+    place = "add" if output else r"add\.self"
+    match = rf"add \(add\).*: {place} is torch.int64, and its annotation asks for int8.*. Annotate tensors of a float"
+    with pytest.raises(AnnotationError, match=match):
+        read_plan(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_integers_may_be_left_as_they_are(dtype):
+    model, add = integers(torch.arange(4))
+    placeholder = QuantizationSpec(dtype, PlaceholderObserver)
+    annotate(add, {"self": placeholder}, placeholder)
+    assert set(read_plan(model).specs.values()) == {placeholder}
+    annotate(add, {"self": None})
+    assert read_plan(model).specs == {}

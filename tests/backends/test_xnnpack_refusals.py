@@ -15,8 +15,8 @@ from torch import nn
 from tests.backends.examples import PICTURE, ROWS, Branches, Example
 from tests.backends.xnn_graph import operators_outside
 from zeropoint.backends.xnnpack import XNNPACKQuantizer, conditions, get_symmetric_quantization_config, lower_float
-from zeropoint.backends.xnnpack.conditions import IN_FLOAT, OUTSIDE
-from zeropoint.backends.xnnpack.table import FLOAT_ONLY, NEEDS_CONSTANT, TABLE
+from zeropoint.backends.xnnpack.conditions import IN_FLOAT, NEEDS_CONSTANT, OUTSIDE, TAKEN_APART
+from zeropoint.backends.xnnpack.table import FLOAT_ONLY, TABLE
 from zeropoint.core.configs import QuantizationConfig
 from zeropoint.report.coverage import CoverageRow
 from zeropoint.report.record import record_of
@@ -365,7 +365,55 @@ NO_KERNEL = (
     Refused(
         None, "conv3d", "no three-dimensional convolution", lambda m, x: m(x), ((1, 2, 4, 4, 4),), (nn.Conv3d(2, 2, 3),)
     ),
+    Refused(
+        None,
+        "lstm",
+        TAKEN_APART,
+        lambda h, w, v, x: torch.lstm(x, (h, h), [w, v], False, 1, 0.0, False, False, False)[0],
+        ((2, 5, 8),),
+        constants=(torch.zeros(1, 5, 6), torch.randn(24, 8), torch.randn(24, 6)),
+    ),
+    Refused(
+        None,
+        "gru",
+        TAKEN_APART,
+        lambda h, w, v, x: torch.gru(x, h, [w, v], False, 1, 0.0, False, False, False)[0],
+        ((2, 5, 8),),
+        constants=(torch.zeros(1, 5, 6), torch.randn(18, 8), torch.randn(18, 6)),
+    ),
+    Refused(
+        None,
+        "matmul",
+        "is its left factor; a linear layer has it on the right only. In float only",
+        lambda w, x: w @ x,
+        (ROWS,),
+        constants=(torch.randn(4, ROWS[0]),),
+    ),
+    Refused(
+        None,
+        "addmm",
+        "alpha=2, beta=0.5; a linear layer has alpha=1, beta=1 only. In float only",
+        lambda b, w, x: torch.addmm(b, x, w, alpha=2, beta=0.5),
+        (ROWS,),
+        constants=(torch.randn(6), torch.randn(8, 6)),
+    ),
     Refused(None, "cos", "XNNPACK has no integer kernel for this operator", torch.cos, (ROWS,)),
+)
+FREE = (
+    Refused(
+        None,
+        "upsample_bilinear2d",
+        "1 of its sizes are free. The portable float kernel computes it",
+        lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+        (PICTURE,),
+    ),
+    Refused(
+        None,
+        "pixel_shuffle",
+        "1 of its sizes are free. The portable float kernel computes it",
+        lambda x: F.pixel_shuffle(x, 2),
+        (PICTURE,),
+    ),
 )
 FLOAT = (*INSIDE, *LEFT_OUTSIDE, *NO_KERNEL)
 
@@ -378,6 +426,13 @@ def in_float() -> list[CoverageRow]:
 @parametrize(FLOAT)
 def test_operator_without_an_integer_kernel(in_float: list[CoverageRow], index: int):
     check(in_float, FLOAT, index)
+
+
+def test_operator_that_needs_known_sizes():
+    free = {0: torch.export.Dim.DYNAMIC}
+    rows = rows_of((*FREE, ANCHOR), STATIC, ((*[free] * len(FREE), None),))
+    for index in range(len(FREE)):
+        check(rows, FREE, index)
 
 
 def test_in_float_means_inside_the_delegate():

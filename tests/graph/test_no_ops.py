@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from zeropoint.graph.memory import Memory
 from zeropoint.graph.no_ops import erase_no_ops, is_no_op
+from zeropoint.graph.source import WRITTEN_KEY
 from zeropoint.passes.canonicalize import canonicalize
 
 X = torch.randn(2, 3)
@@ -51,3 +52,57 @@ def test_what_does_nothing_is_erased():
     model.recompile()
     assert [models.name_of(node) for node in model.graph.nodes] == ["placeholder", "add", "mul", "output"]
     assert torch.equal(model(X), (X + 1) * 2)
+
+
+ORDER = torch.contiguous_format
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x + 1).t().contiguous().view(-1) * 2,
+        lambda x: ((x + 1).t().clone(memory_format=ORDER) * 2).view(2, 3),
+        lambda x: (x.t().contiguous(memory_format=ORDER) + 1).relu()[None].view(6),
+    ],
+)
+def test_copies_in_order_are_erased_and_views_after_them_take_any_strides(function):
+    model = models.export(models.Applied(lambda m, x: function(x)), X)
+    canonicalize(model)
+    view = models.find(model, "view")
+    erase_no_ops(model)
+    model.recompile()
+    assert not models.count(model, "contiguous") + models.count(model, "clone")
+    assert (models.name_of(view), view.meta[WRITTEN_KEY]) == ("reshape", torch.ops.aten.view.default)
+    assert torch.equal(model(X), function(X))
+
+
+def written(x):
+    y = (x.t().contiguous() * 2).relu()
+    y.view(6).add_(1)
+    return y
+
+
+def copied(x):
+    y = (x + 1).contiguous().t().contiguous()
+    y.add_(1)
+    return y * 2
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        written,
+        copied,
+        lambda x: (x + 1).t().contiguous(),
+        lambda x: torch.as_strided((x + 1).t().contiguous() * 2, (2,), (1,)),
+        lambda x: (x + 1)[None, None].repeat(1, 2, 1, 1).contiguous(memory_format=torch.channels_last) * 2,
+    ],
+)
+def test_copies_in_order_that_something_needs_stay(function):
+    model = models.export(models.Applied(lambda m, x: function(x)), X)
+    canonicalize(model)
+    erase_no_ops(model)
+    model.recompile()
+    assert models.count(model, "contiguous") >= 1
+    assert torch.equal(model(X), function(X))
+    assert model(X).stride() == function(X).stride()

@@ -7,7 +7,9 @@ from torch import nn
 from torch.export import Dim
 from torch.nn import functional as F
 
+from zeropoint.graph.graph_pass import remove_dead_code
 from zeropoint.graph.show import show
+from zeropoint.graph.source import WRITTEN_KEY
 from zeropoint.passes.canonicalize import canonicalize
 
 
@@ -135,3 +137,49 @@ def test_checks_of_a_type_are_removed():
     assert models.count(model, "_assert_tensor_metadata")
     canonicalize(model)
     assert not models.count(model, "_assert_tensor_metadata")
+
+
+@pytest.mark.parametrize(
+    ("function", "operator"),
+    [
+        (lambda x, y: (x * 2).reshape_as(y), "reshape"),
+        (lambda x, y: (x * 2).view_as(y), "view"),
+        (lambda x, y: (x * 2)[:1, :2, None].expand_as(y), "expand"),
+    ],
+)
+def test_sizes_of_another_tensor_become_numbers(function, operator):
+    inputs = torch.randn(2, 12), torch.randn(2, 2, 6)
+    if operator == "expand":
+        inputs = torch.randn(2, 3), torch.randn(4, 2, 5)
+    model = models.export(models.Applied(lambda m, x, y: function(x, y + 1)), *inputs)
+    written = models.find(model, f"{operator}_as").target
+    canonicalize(model)
+    node = models.find(model, operator)
+    assert list(node.args[1]) == list(inputs[1].shape)
+    assert node.meta[WRITTEN_KEY] is written
+    remove_dead_code(model.graph)
+    assert models.count(model, "add") == 0
+    model.recompile()
+    assert torch.equal(model(*inputs), function(inputs[0], inputs[1] + 1))
+
+
+@pytest.mark.parametrize(
+    ("function", "operator", "free", "taken"),
+    [
+        (lambda x: (x * 2).flatten(0, 1).reshape_as(x), "reshape", {0}, True),
+        (lambda x: (x * 2).view_as(x.transpose(1, 2)), "view", {0, 2}, False),
+        (lambda x: (x[:, :1] * 2).expand_as(x), "expand", {0}, True),
+        (lambda x: (x[:, :1] * 2).expand_as(x), "expand", {0, 2}, True),
+        (lambda x: (x[:, :1] * 2).expand_as(x), "expand", {1}, False),
+        (lambda x: (x[0] * 2).expand_as(x), "expand", {0}, False),
+    ],
+)
+def test_a_free_size_is_given_where_it_follows_from_the_others(function, operator, free, taken):
+    shapes = ((dict.fromkeys(free, Dim.DYNAMIC),),)
+    module = models.Applied(lambda m, x: function(x))
+    model = torch.export.export(module, (torch.randn(2, 3, 4),), dynamic_shapes=shapes).module()
+    canonicalize(model)
+    model.recompile()
+    assert models.count(model, operator if taken else f"{operator}_as") == 1
+    x = torch.randn(*(size + 2 if axis in free else size for axis, size in enumerate((2, 3, 4))))
+    assert torch.equal(model(x), function(x))

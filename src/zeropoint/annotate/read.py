@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.annotation import Q_ANNOTATION_KEY, require_node
-from zeropoint.annotate.plan import Plan, decisions_of
+from zeropoint.annotate.plan import Plan, decisions_of, describe_spec
+from zeropoint.annotate.tied import check_tied
+from zeropoint.core.dtypes import FLOAT_DTYPES, plain_dtype
 from zeropoint.core.errors import AnnotationError
 from zeropoint.core.specs import (
     DerivedQuantizationSpec,
@@ -16,7 +19,6 @@ from zeropoint.core.specs import (
     QuantizationSpecBase,
     SharedQuantizationSpec,
 )
-from zeropoint.graph.attributes import attribute_reads
 from zeropoint.graph.bind import Site, reads
 from zeropoint.graph.compat import is_tensor_value
 from zeropoint.graph.graph_pass import bodies
@@ -27,7 +29,8 @@ def read_plan(model: GraphModule) -> Plan:
     """Returns the plan that the annotations of the graph, and of the bodies of its control flow, ask for.
 
     Raises:
-        AnnotationError: an annotation names a literal, or a node that is not read, or holds no spec that is known.
+        AnnotationError: an annotation names a literal, or a node that is not read, holds no spec that is known, or
+            quantizes a tensor of integers; or rules want different things of one parameter.
     """
     plan = Plan()
     for _, body in bodies(model):
@@ -38,25 +41,8 @@ def read_plan(model: GraphModule) -> Plan:
             _read_inputs(plan, node, annotation)
             _read_output(plan, node, annotation)
     plan.decisions.update(decisions_of(model.graph.nodes))
-    _check_tied(model, plan)
+    check_tied(model, plan)
     return plan
-
-
-def _check_tied(model: GraphModule, plan: Plan) -> None:
-    """Raises when one parameter is quantized for one reader and left float, by a rule, for another of the same kind."""
-    for parameter in attribute_reads(model.graph):
-        sites = [site for reader in parameter.users for site, read in reads(reader) if read is parameter]
-        chosen = [site for site in sites if site in plan.specs]
-        left = [site for site in sites if site not in plan.specs and _left_out_by_rule(plan, site.node)]
-        if chosen and left and chosen[0].argument == left[0].argument:
-            what = f"the parameter {parameter.target} is tied: {chosen[0]} is quantized and {left[0]} is left float"
-            remedy = "Give both layers the same rule; one tensor is stored once."
-            raise AnnotationError(what, where=describe(left[0].node), remedy=remedy)
-
-
-def _left_out_by_rule(plan: Plan, node: Node) -> bool:
-    decision = plan.decisions.get(node)
-    return decision is not None and (decision.refusal or "").endswith("leaves it out")
 
 
 def _read_inputs(plan: Plan, node: Node, annotation: Any) -> None:
@@ -71,7 +57,7 @@ def _read_inputs(plan: Plan, node: Node, annotation: Any) -> None:
             remedy = f"It reads {', '.join(n.name for n in node.all_input_nodes) or 'nothing'}."
             raise AnnotationError(what, where=describe(node), remedy=remedy)
         if spec is not None:
-            plan.specs.update(dict.fromkeys(sites, read_spec(spec, node)))
+            plan.specs.update(dict.fromkeys(sites, _read_spec_of(source, spec, sites[0])))
 
 
 def _read_output(plan: Plan, node: Node, annotation: Any) -> None:
@@ -81,7 +67,17 @@ def _read_output(plan: Plan, node: Node, annotation: Any) -> None:
     if "val" in node.meta and not is_tensor_value(node.meta["val"]):
         what = "its output is annotated, but it returns no single tensor"
         raise AnnotationError(what, where=describe(node), remedy="Annotate the getitem nodes that take it apart.")
-    plan.specs[Site(node)] = read_spec(spec, node)
+    plan.specs[Site(node)] = _read_spec_of(node, spec, Site(node))
+
+
+def _read_spec_of(tensor: Node, spec: Any, site: Site) -> QuantizationSpecBase:
+    """Returns the spec of a site that reads or makes a tensor; a spec that rounds goes with a float tensor only."""
+    found, value = read_spec(spec, site.node), tensor.meta.get("val")
+    dtype = getattr(found, "dtype", torch.float32)
+    if isinstance(value, torch.Tensor) and not value.is_floating_point() and plain_dtype(dtype) not in FLOAT_DTYPES:
+        what = f"{site} is {value.dtype}, and its annotation asks for {describe_spec(found)}"
+        raise AnnotationError(what, where=describe(site.node), remedy="Annotate tensors of a float type only.")
+    return found
 
 
 def read_spec(spec: Any, node: Node) -> QuantizationSpecBase:

@@ -13,12 +13,10 @@ from torch.fx import GraphModule, Node
 from zeropoint.core.configs import QuantizationConfig
 from zeropoint.core.errors import RuleError
 from zeropoint.graph.graph_pass import bodies
-from zeropoint.graph.source import describe, module_stack, operator_name
+from zeropoint.graph.source import WRITTEN_KEY, describe, module_stack, operator_name
 
 Choice = QuantizationConfig | None
 Stack = tuple[tuple[str, str], ...]
-WRITTEN_KEY = "zeropoint_written_as"
-"""Metadata of a node that a backend spelled anew: the operator that the user wrote."""
 ERASED_KEY = "zeropoint_erased"
 """Metadata of a model that is being prepared: the nodes that are no longer in its graph."""
 NOT_SELECTED = "no rule selects it"

@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 from zeropoint.graph.bind import argument
 from zeropoint.graph.memory import Memory
 from zeropoint.graph.sizes import have_equal_sizes
+from zeropoint.graph.views import reads_strides, views_to_reshapes
 
 aten = torch.ops.aten
 
@@ -17,21 +18,42 @@ DROPOUTS = (
     aten.feature_alpha_dropout_.default,
 )  # fmt: skip
 COPIES = (aten.clone.default, aten.lift_fresh_copy.default)
+REORDERING = (aten.contiguous.default, aten.clone.default)
+"""Operators that copy a tensor in a given order, or return it itself where it lies so."""
+IN_ORDER = (torch.contiguous_format, 0)
+"""That memory format, and as a schema gives it, a number."""
 CONVERSIONS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
 """Operators that return their input itself where it is of the wanted type already."""
 ALIASES = (aten.detach.default, aten.alias.default)
 
 
 def erase_no_ops(model: GraphModule) -> list[Node]:
-    """Removes the operators that do nothing, and returns them: each would break a pattern."""
+    """Removes the operators that do nothing, and returns them: each would break a pattern.
+
+    Those that only put a tensor in order in memory are such, unless another operator needs that order.
+    """
     memory = Memory(model.graph)
-    erased: list[Node] = []
-    for node in list(model.graph.nodes):
-        if is_no_op(node, memory):
-            node.replace_all_uses_with(node.args[0])
-            model.graph.erase_node(node)
-            erased.append(node)
+    nodes = list(model.graph.nodes)
+    reordering = set(_reordering(nodes, memory))
+    views_to_reshapes(model.graph, reordering.copy())
+    erased = [node for node in nodes if node in reordering or is_no_op(node, memory)]
+    for node in erased:
+        node.replace_all_uses_with(node.args[0])
+        model.graph.erase_node(node)
     return erased
+
+
+def _reordering(nodes: list[Node], memory: Memory) -> list[Node]:
+    """Returns the copies in order that nothing needs; one that is returned is what the caller asked for."""
+    found = [
+        node
+        for node in nodes
+        if node.target in REORDERING
+        and argument(node, "memory_format") in IN_ORDER
+        and not _is_written(node, memory)
+        and all(user.op != "output" for user in node.users)
+    ]
+    return [] if found and any(reads_strides(node, memory) for node in nodes) else found
 
 
 def is_no_op(node: Node, memory: Memory) -> bool:
@@ -39,13 +61,16 @@ def is_no_op(node: Node, memory: Memory) -> bool:
     if node.target in DROPOUTS:
         return not argument(node, "train")
     if node.target in COPIES:  # A copy is one for the sake of what is written to it, or to what it was made of.
-        written = any(memory.is_written(each) for each in (node, *node.all_input_nodes))
-        return not written and argument(node, "memory_format") is None
+        return not _is_written(node, memory) and argument(node, "memory_format") is None
     if node.target in CONVERSIONS:
         return not argument(node, "copy") and argument(node, "memory_format") is None and _keeps_type(node)
     if node.target is aten.expand.default:
         return have_equal_sizes(node.all_input_nodes[0].meta["val"].shape, node.meta["val"].shape)
     return node.target in ALIASES
+
+
+def _is_written(node: Node, memory: Memory) -> bool:
+    return any(memory.is_written(each) for each in (node, *node.all_input_nodes))
 
 
 def _keeps_type(node: Node) -> bool:

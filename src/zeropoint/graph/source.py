@@ -7,6 +7,8 @@ import re
 
 from torch.fx import Node
 
+WRITTEN_KEY = "zeropoint_written_as"
+"""Metadata of a node that was spelled anew: the operator that the user wrote."""
 _ROOT = re.compile(r"^(L\['self'\]|L__self__)")
 _INDEX = re.compile(r"\._modules\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]")
 _NOT_THE_USERS = ("/torch/nn/", "/torch/_", "<eval_with_key>")

@@ -13,10 +13,19 @@ from zeropoint.graph.emit import Emitter
 from zeropoint.graph.graph_pass import graph_pass
 from zeropoint.graph.layers import MOVES
 from zeropoint.graph.memory import remove_dead_writes
+from zeropoint.graph.sizes import are_equal
+from zeropoint.graph.source import WRITTEN_KEY
+from zeropoint.graph.views import views_to_reshapes
 from zeropoint.passes.recompose import recompose
 
 aten = torch.ops.aten
 GUARDS = "_guards_fn"
+BY_SIZES: dict[Any, Any] = {
+    aten.reshape_as.default: aten.reshape.default,
+    aten.view_as.default: aten.view.default,
+    aten.expand_as.default: aten.expand.default,
+}
+"""Operators that read the sizes of another tensor, and what takes the same sizes as numbers."""
 
 
 @graph_pass
@@ -26,9 +35,14 @@ def canonicalize(model: GraphModule) -> None:
     for node in [node for node in model.graph.nodes if _is_check(node)]:
         model.graph.erase_node(node)
     remove_dead_writes(model.graph)
+    attended: set[Node] = set()
     for node in list(model.graph.nodes):
         if node.target is aten.scaled_dot_product_attention.default:
-            decompose_attention(node, known)
+            attended.update(decompose_attention(node, known))
+        elif node.target in BY_SIZES:
+            _give_sizes(node)
+    # What moves the result's values may read any strides: those of attention are the query's, the product's are not.
+    views_to_reshapes(model.graph, attended, MOVES)
     recompose(model, known)
 
 
@@ -37,13 +51,33 @@ def _is_check(node: Node) -> bool:
     return (node.op == "call_module" and node.target == GUARDS) or node.target is aten._assert_tensor_metadata.default
 
 
-def decompose_attention(node: Node, known: dict[object, Any]) -> None:
+def _give_sizes(node: Node) -> None:
+    """Lets an operator that reads the sizes of another tensor take them as numbers, where all but one are known.
+
+    The other tensor would have a reader that computes nothing with it.
+    """
+    source, shape = argument(node, "self"), node.meta["val"].shape
+    free = [axis - len(shape) for axis, size in enumerate(shape) if not isinstance(size, int)]
+    if node.target is aten.expand_as.default:  # There, -1 is the size that the source has along that axis.
+        before = source.meta["val"].shape
+        known = all(-axis <= len(before) and are_equal(before[axis], shape[axis]) for axis in free)
+    else:
+        known = len(free) <= 1
+    if not known:
+        return
+    node.meta.setdefault(WRITTEN_KEY, node.target)
+    node.target = BY_SIZES[node.target]
+    node.args, node.kwargs = (source, [size if isinstance(size, int) else -1 for size in shape]), {}
+
+
+def decompose_attention(node: Node, known: dict[object, Any]) -> list[Node]:
     """Replaces scaled dot product attention by ``softmax(q k^T scale + mask) v``, so that its products are operators.
 
     The definition is that of ``torch.nn.functional.scaled_dot_product_attention``. Attention with dropout is left.
+    Returns the result, if any.
     """
     if argument(node, "dropout_p"):
-        return
+        return []
     query, key, value = (argument(node, name) for name in ("query", "key", "value"))
     emit = Emitter(node, "decompose_attention", known)
     if argument(node, "enable_gqa"):
@@ -62,18 +96,7 @@ def decompose_attention(node: Node, known: dict[object, Any]) -> None:
     result = emit.call(aten.matmul.default, weights, value)
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
-    _views_to_reshapes(result)
-
-
-def _views_to_reshapes(result: Node) -> None:
-    """Lets what moves a result's values read any strides: those of attention are the query's, the product's are not."""
-    waiting = list(result.users)
-    while waiting:
-        reader = waiting.pop()
-        if reader.target is aten.view.default:
-            reader.target = aten.reshape.default
-        if reader.target in MOVES:
-            waiting.extend(reader.users)
+    return [result]
 
 
 def _mask(emit: Emitter, scores: Node, mask: Any, is_causal: bool) -> tuple[Node | None, Node]:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.plan import DECISION_KEY, Decision
-from zeropoint.annotate.rules import WRITTEN_KEY, note_erased, origin_of
+from zeropoint.annotate.rules import note_erased, origin_of
 from zeropoint.graph.attributes import Names, attribute_reads, set_parameter
 from zeropoint.graph.batch_norms import BATCH_NORMS, MULTIPLE, is_in_train_mode, keeps_statistics
 from zeropoint.graph.bind import argument, set_argument
@@ -33,7 +33,7 @@ from zeropoint.graph.layers import (
 )
 from zeropoint.graph.memory import Memory
 from zeropoint.graph.no_ops import is_no_op
-from zeropoint.graph.source import describe
+from zeropoint.graph.source import WRITTEN_KEY, describe
 
 aten = torch.ops.aten
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from zeropoint.annotate.rules import WRITTEN_KEY
 from zeropoint.graph.bind import argument
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.emit import Emitter
 from zeropoint.graph.sizes import have_equal_sizes
+from zeropoint.graph.source import WRITTEN_KEY
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ from zeropoint.annotate.patterns import Match
 from zeropoint.core.specs import PER_CHANNEL
 from zeropoint.graph.bind import argument
 from zeropoint.graph.constants import evaluate
-from zeropoint.graph.layers import pads_with_zero
+from zeropoint.graph.layers import PRODUCTS, pads_with_zero
 
 aten = torch.ops.aten
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
@@ -28,6 +28,9 @@ MASKING = 1e4
 IN_FLOAT = "the XNNPACK delegate computes it in float only"
 OUTSIDE = "the XNNPACK delegate does not take it: the portable float kernel computes it"
 PORTABLE = "The portable float kernel computes it"
+TAKEN_APART = "it is taken apart when the file is made: the XNNPACK delegate computes its products, in float only"
+OTHERWISE = "In float only"
+NEEDS_CONSTANT = "a product of two activations: the XNNPACK delegate computes it in float only"
 MAX_DIMENSIONS = 6
 """XNN_MAX_TENSOR_DIMS: more fail to load."""
 
@@ -260,3 +263,24 @@ def average_in_float(node: Node) -> str:
             only = f"the delegate takes {name}={taken} only, in float"
             return f"{name}={value}; {only}. {PORTABLE}"
     return IN_FLOAT
+
+
+def known_sizes_in_float(node: Node) -> str:
+    """The delegate computes it where all sizes are known: a view with several free ones, or a resize, is outside."""
+    shape = node.meta["val"].shape
+    if _is_static(shape):
+        return IN_FLOAT
+    return f"{sum(not isinstance(size, int) for size in shape)} of its sizes are free. {PORTABLE}"
+
+
+def product_in_float(node: Node) -> str:
+    """A product is a linear layer where its right factor alone is constant, and a sum with it has no factors."""
+    left, right = (argument(node, name) for name in PRODUCTS.get(node.target, ("self", "mat2")))
+    parameter = next((each for each in (left, right) if each.op == "get_attr"), None)
+    if parameter is None:
+        return NEEDS_CONSTANT
+    if node.target is aten.addmm.default and (factors := (argument(node, "alpha"), argument(node, "beta"))) != (1, 1):
+        return f"alpha={factors[0]}, beta={factors[1]}; a linear layer has alpha=1, beta=1 only. {OTHERWISE}"
+    if parameter is left:
+        return f"the parameter {left.name} is its left factor; a linear layer has it on the right only. {OTHERWISE}"
+    return f"it is no linear layer: the parameter {right.name} has {right.meta['val'].dim()} dimensions. {OTHERWISE}"

@@ -61,8 +61,6 @@ PATTERNS = (
     Pattern("slice", (SLICE,), {"self": FOLLOW}, output=SHARED, when=(c.slice_has_a_kernel,)),
 )  # fmt: skip
 
-NEEDS_CONSTANT = "a product of two activations: the XNNPACK delegate computes it in float only"
-
 FLOAT_ONLY = (
     (
         (
@@ -70,16 +68,18 @@ FLOAT_ONLY = (
             aten.leaky_relu_.default, aten.hardswish.default, aten.hardswish_.default, aten.hardsigmoid.default,
             aten.exp.default, aten.log.default, aten.sqrt.default, aten.rsqrt.default, aten.div.Tensor,
             aten.prelu.default, aten.abs.default, aten.neg.default, aten.square.default,
-            aten.upsample_bilinear2d.vec, aten.batch_norm.default, aten.silu.default, aten.silu_.default,
-            aten.minimum.default, aten.maximum.default, aten.stack.default, aten.pixel_shuffle.default,
+            aten.batch_norm.default, aten.silu.default, aten.silu_.default,
+            aten.minimum.default, aten.maximum.default, aten.stack.default,
         ),
         c.IN_FLOAT,
     ),
     ((aten.softmax.int, aten._softmax.default), c.softmax_in_float),
+    ((aten.upsample_bilinear2d.vec, aten.pixel_shuffle.default), c.known_sizes_in_float),
     ((aten.pow.Tensor_Scalar,), c.power_in_float),
     ((aten.avg_pool2d.default,), c.average_in_float),
-    ((aten.matmul.default, aten.bmm.default, aten.mm.default, aten.addmm.default), NEEDS_CONSTANT),
+    ((aten.matmul.default, aten.bmm.default, aten.mm.default, aten.addmm.default), c.product_in_float),
     (PADS, "it is computed in int8 only as zero padding right before a convolution that alone reads it"),
+    ((aten.lstm.input, aten.gru.input), c.TAKEN_APART),
     (CONV3D, "the XNNPACK delegate has no three-dimensional convolution"),
     (
         (
@@ -87,7 +87,7 @@ FLOAT_ONLY = (
             aten.group_norm.default, aten.embedding.default, aten.sum.dim_IntList,
             aten.amax.default, aten.max_pool1d.default, aten.upsample_nearest2d.vec, aten.split.Tensor,
             aten.chunk.default, aten.select.int, aten.unbind.int, aten.expand.default, aten.repeat.default,
-            aten.native_layer_norm.default, aten.log_softmax.int, aten.lstm.input, aten.gru.input,
+            aten.native_layer_norm.default, aten.log_softmax.int,
             aten.mul.Scalar, aten.add.Scalar, aten.sub.Scalar, aten.div.Scalar, aten.reciprocal.default,
         ),
         c.OUTSIDE,

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from zeropoint.annotate.rules import WRITTEN_KEY
 from zeropoint.graph.attributes import Names, get_attribute
 from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.constants import constant_nodes
@@ -20,6 +19,7 @@ from zeropoint.graph.emit import Emitter, inherit
 from zeropoint.graph.graph_pass import remove_dead_code
 from zeropoint.graph.layers import LAYERS, as_linear, pads_with_zero
 from zeropoint.graph.schema import schema_of
+from zeropoint.graph.source import WRITTEN_KEY
 
 aten = torch.ops.aten
 PASS = "xnnpack.transform"
