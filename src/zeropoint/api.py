@@ -31,6 +31,7 @@ from zeropoint.graph.constants import mutated_attributes
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
 from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.passes.canonicalize import canonicalize
+from zeropoint.passes.convert import has_observers
 from zeropoint.passes.fold_batch_norm import fold_batch_norm
 from zeropoint.report.coverage import CoverageRow, quantized_count
 from zeropoint.report.record import Record, record_of, refresh_biases, require_unprepared
@@ -264,7 +265,7 @@ def _copy(model: GraphModule) -> GraphModule:
 
 def _require_quantized(prepared: GraphModule) -> None:
     rows = record_of(prepared).coverage
-    if quantized_count(rows) == 0:
+    if quantized_count(rows) == 0 and not has_observers(prepared):
         reasons = "; ".join(dict.fromkeys(f"{row.operator}: {row.reason}" for row in rows[:6]))
         reasons = reasons if rows else "the model has no operator that computes anything"
         raise NothingQuantizedError(f"no operator is quantized: {reasons}", where="quantize")

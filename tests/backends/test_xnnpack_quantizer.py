@@ -21,6 +21,7 @@ from zeropoint.backends.xnnpack import (
     get_symmetric_quantization_config,
     lower_program,
 )
+from zeropoint.core.configs import QuantizationConfig
 from zeropoint.core.errors import LoweringError, NothingQuantizedError, RuleError, SpecError
 from zeropoint.numerics import ops
 from zeropoint.numerics.sqnr import sqnr_db
@@ -313,6 +314,38 @@ def test_numbers_made_tensors_have_the_place_of_their_reader():
         assert node.meta["from_node"]
 
 
+def specs(*roles: str) -> QuantizationConfig:
+    full = get_symmetric_quantization_config(is_per_channel=True)
+    named = ("input_activation", "output_activation", "weight", "bias")
+    return QuantizationConfig(*(getattr(full, role) if role in roles else None for role in named))
+
+
+@pytest.mark.parametrize(
+    ("roles", "words"),
+    [
+        ((), "conv2d: its configuration has no spec for weights"),
+        (("input_activation", "output_activation"), "conv2d: its configuration has no spec for weights"),
+        (("output_activation", "weight"), "conv2d: its configuration has no spec for input activations"),
+    ],
+)
+def test_configuration_without_what_arithmetic_needs(roles: tuple[str, ...], words: str):
+    with pytest.raises(NothingQuantizedError, match=words):
+        rows(XNNPACKQuantizer().set_global(specs(*roles)), nn.Conv2d(3, 4, 3), torch.randn(1, 3, 6, 6))
+
+
+def test_weights_alone_make_no_integer_operator():
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    found = rows(XNNPACKQuantizer().set_global(specs("weight")), module, torch.randn(1, 3, 6, 6))
+    assert {row.reason for row in found} == {"it is computed in float: only its weight is quantized"}
+
+
+def test_configuration_of_executorch():
+    theirs = pytest.importorskip("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
+    config = theirs.get_symmetric_quantization_config(is_per_channel=True)
+    found = rows(XNNPACKQuantizer().set_global(config), nn.Conv2d(3, 4, 3), torch.randn(1, 3, 6, 6))
+    assert [row.is_quantized for row in found] == [True]
+
+
 def test_four_bit_weights():
     torch.manual_seed(0)
     config = get_symmetric_quantization_config(is_per_channel=True, weight_qmin=-8, weight_qmax=7)
@@ -435,11 +468,11 @@ def test_an_operator_that_returns_several_tensors_has_a_reason():
             self.layer = nn.Linear(8, 8)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            one, other = self.layer(x).chunk(2, 1)
+            one, other = self.layer(x).unflatten(1, (2, 4)).unbind(1)
             return one * other
 
     model = converted(Halves(), XNNPACKQuantizer().set_global(INT8), torch.randn(4, 8))
-    (row,) = [row for row in record_of(model).coverage if row.operator == "chunk"]
+    (row,) = [row for row in record_of(model).coverage if row.operator == "unbind"]
     assert row.reason == "the XNNPACK delegate does not take it: the portable float kernel computes it"
 
 

@@ -117,7 +117,25 @@ def _fused(pattern: Pattern, head: Node, rules: Rules) -> tuple[Node, ...]:
     return tuple(fused)
 
 
+def _missing_spec(match: Match) -> str | None:
+    """Returns which spec the operator needs, and the configuration does not have.
+
+    A layer of a configuration for weights alone is computed in float, with its weight stored as integers.
+    """
+    config, roles = match.config, [read.role for read in match.inputs()]
+    has_weight = any(isinstance(role, Weight) for role in roles)
+    if has_weight and config.weight is None:
+        return "its configuration has no spec for weights"
+    weight_only = has_weight and config.output_activation is None
+    measured = any(isinstance(role, (Activation, Shared)) for role in roles)
+    if measured and config.input_activation is None and not weight_only:
+        return "its configuration has no spec for input activations"
+    return None
+
+
 def _refusal(match: Match) -> str | None:
+    if (missing := _missing_spec(match)) is not None:
+        return missing
     writer = next((w for n in (match.head, match.last) if (w := match.context.memory.write_from(n)) is not None), None)
     if writer is not None:
         return f"{writer.name} writes to its memory in place, and that change would be lost"

@@ -96,8 +96,12 @@ class TableQuantizer(Quantizer):
 def _checked(config: Any, where: str) -> Any:
     if config is None and where != "set_global":
         return None
-    if all(hasattr(config, name) for name in ("input_activation", "output_activation", "weight", "bias")):
+    roles = ("input_activation", "output_activation", "weight", "bias")
+    if isinstance(config, QuantizationConfig):
         return config
+    if all(hasattr(config, role) for role in roles):  # Another package's.
+        specs = {role: getattr(config, role) for role in roles}
+        return QuantizationConfig(**specs, is_qat=bool(getattr(config, "is_qat", False)))
     remedy = "Give a QuantizationConfig, e.g. get_symmetric_quantization_config()."
     raise RuleError(f"{type(config).__name__} is no configuration", where=where, remedy=remedy)
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.plan import Plan
+from zeropoint.graph.bind import Site, reads
 from zeropoint.graph.compat import OpOverload, is_tensor_list, is_tensor_value
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.source import module_path, operator_name, source_line
 
+ONLY_CONSTANTS = "it is computed in float: only its weight is quantized"
 NOT_ANNOTATED = "the quantizer did not annotate it"
 
 
@@ -63,17 +65,28 @@ def compute_nodes(model: GraphModule) -> Iterator[Node]:
 
 def coverage(model: GraphModule, plan: Plan) -> tuple[CoverageRow, ...]:
     """Returns one row per compute node, in the order of the graph. Call it before observers are inserted."""
-    quantized = plan.quantized_nodes()
-    return tuple(_row(node, plan, quantized) for node in compute_nodes(model))
+    constants, quantized, computing = _constants(model), plan.quantized_nodes(), set[Node]()
+    for node in quantized:
+        values = dict(reads(node))
+        if any(site.is_output or values[site] not in constants for site in (Site(node), *values) if site in plan.specs):
+            computing.add(node)
+    return tuple(_row(node, plan, quantized, computing) for node in compute_nodes(model))
 
 
-def _row(node: Node, plan: Plan, quantized: set[Node]) -> CoverageRow:
+def _constants(model: GraphModule) -> set[Node]:
+    return constant_nodes(model).union(*(_constants(body) for _, body in bodies(model)))
+
+
+def _row(node: Node, plan: Plan, quantized: set[Node], computing: set[Node]) -> CoverageRow:
+    """``computing``: the quantized nodes that read or return integers besides their constants."""
     decision = plan.decisions.get(node)
-    pattern = decision.pattern if decision is not None else ""
-    if node in quantized:
-        reason = ""
+    is_covered = decision is not None and decision.refusal is None
+    if node in quantized or is_covered:
+        together = {node, *decision.nodes} if decision is not None and is_covered else {node}
+        reason = ONLY_CONSTANTS if together & quantized and not together & computing else ""
     else:
         reason = NOT_ANNOTATED if decision is None else decision.refusal or ""
+    pattern = decision.pattern if decision is not None else ""
     return CoverageRow(node.name, operator_name(node), module_path(node), source_line(node), pattern, reason)
 
 

@@ -82,7 +82,7 @@ def require_prepared(model: GraphModule, where: str) -> None:
     record = model.meta.get(RECORD_KEY)
     if record is None:
         why, remedy = "it was not prepared", "Give the result of prepare_pt2e."
-    elif quantized_count(record.coverage):
+    elif quantized_count(record.coverage) or any(n.target in ops.DEQUANTIZE_OPS for n in model.graph.nodes):
         why = "it was converted already"
         remedy = "Convert it once, and use the model that convert_pt2e returned."
     else:
