@@ -163,7 +163,7 @@ FOLLOWERS = (
     after_mul(aten.clamp.default, lambda x: x.clamp(max=1.5), PICTURE, row="clamp"),
     after_mul(aten.clamp_min.default, lambda x: torch.clamp_min(x, 0.3), ROWS, row="clamp"),
     after_mul(aten.clamp_max.default, lambda x: torch.clamp_max(x, 2), ROWS, row="clamp"),
-    Example("clamp", (aten.clamp_min.default,), lambda m, x: m(x).clamp_min(-0.1), (ROWS,), (nn.Linear(8, 6),)),
+    Example("linear", (aten.clamp_min.default,), lambda m, x: m(x).clamp_min(-0.1), (ROWS,), (nn.Linear(8, 6),)),
     after_mul(aten.view.default, lambda x: x.view(2, 28, 7), PICTURE, row="view"),
     after_mul(aten.reshape.default, lambda x: x.reshape(-1, 14), PICTURE, row="view"),
     after_mul(aten.flatten.using_ints, lambda x: x.flatten(1), PICTURE, row="view"),

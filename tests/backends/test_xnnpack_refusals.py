@@ -165,10 +165,6 @@ REFUSED_STATIC = (
         lambda m, x: m(F.pad(x, (0, 0, 0, 0, 0, 1))), (PICTURE,), (nn.Conv2d(5, 6, 3),),
     ),
     Refused(
-        c.pads_space_with_zero, "pad", "only as zero padding right before a convolution",
-        lambda m, x: m(F.pad(x, (-1, 1))), (PICTURE,), (nn.Conv2d(4, 6, 3),),
-    ),
-    Refused(
         None, "pad", "right before a convolution that alone reads it",
         lambda a, b, x: (lambda p: a(p) + b(p))(F.pad(x, (1, 1))), (PICTURE,), (nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3)),
     ),
