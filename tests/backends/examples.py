@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -176,6 +177,7 @@ FOLLOWERS = (
     after_mul(aten.transpose.int, lambda x: x.transpose(1, 2), PICTURE, row="permute"),
     after_mul(aten.t.default, lambda x: x.t(), ROWS, row="permute"),
     after_mul(aten.slice.Tensor, lambda x: x[:, 1:5], ROWS, row="slice"),
+    after_mul(operator.getitem, lambda x: x.split([3, 5], 1)[1], ROWS, row="slice"),
     after_mul(aten.narrow.default, lambda x: torch.ops.aten.narrow(x, 1, 2, 3), ROWS, row="slice"),
 )
 

@@ -129,5 +129,7 @@ def test_every_operator_of_the_table_has_an_example():
 
 
 def test_every_spelling_has_an_example():
+    """Of what is computed in integers then; what is in float has its own (test_xnnpack_refusals.py)."""
     shown = {operator for example in EXAMPLES for operator in example.operators}
-    assert set(TO_ANNOTATE) - shown == set()
+    in_float = {operator for operators, _ in TABLE.float_only for operator in operators}
+    assert set(TO_ANNOTATE) - shown - in_float == set()
