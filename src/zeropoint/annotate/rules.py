@@ -133,8 +133,10 @@ def note_erased(model: GraphModule, gone: Iterable[Origin], layer: Origin | None
 
 
 def forget_erased(model: GraphModule) -> None:
-    """Ends what ``note_erased`` began."""
+    """Ends what ``note_erased`` began, in the bodies of control flow too."""
     model.meta.pop(ERASED_KEY, None)
+    for _, body in bodies(model):
+        forget_erased(body)
 
 
 def _erased(model: GraphModule) -> Iterator[tuple[Origin, Origin | None]]:

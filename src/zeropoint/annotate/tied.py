@@ -12,7 +12,7 @@ from zeropoint.annotate.rules import NOT_SELECTED
 from zeropoint.core.errors import AnnotationError
 from zeropoint.core.specs import QuantizationSpec
 from zeropoint.graph.attributes import attribute_reads, tensors_of
-from zeropoint.graph.bind import Site, reads
+from zeropoint.graph.bind import Site, reads, source_of
 from zeropoint.graph.source import describe
 
 
@@ -29,8 +29,9 @@ def check_tied(model: GraphModule, plan: Plan) -> None:
         chosen = next((site for site in sites if site in plan.specs), None)
         other = next((site for site in sites if chosen is not None and _contradicts(plan, chosen, site)), None)
         if chosen is not None and other is not None:
-            name = next(source.target for site, source in reads(other.node) if site == other)
-            what = f"the parameter {name} is tied: {_wanted(plan, chosen)} and {_wanted(plan, other)}"
+            what = (
+                f"the parameter {source_of(other).target} is tied: {_wanted(plan, chosen)} and {_wanted(plan, other)}"
+            )
             remedy = "Give both layers the same rule; one tensor is stored once."
             raise AnnotationError(what, where=describe(other.node), remedy=remedy)
 

@@ -75,6 +75,12 @@ def reads(node: Node) -> Iterator[tuple[Site, Node]]:
                     yield Site(node, name, index), item
 
 
+def source_of(site: Site) -> Any:
+    """Returns what is read at a site that is no output: a node, or a literal."""
+    value = bind(site.node)[site.argument]
+    return value if site.element is None else value[site.element]
+
+
 def set_argument(node: Node, name: str, value: Any) -> None:
     """Replaces one argument of the node, wherever it is passed."""
     names = argument_names(node)

@@ -30,7 +30,7 @@ def views_to_reshapes(graph: Graph, changed: set[Node], through: Container[Any] 
         changed: the nodes whose results lie otherwise; those after them are added.
         through: operators whose results lie as what they read does; None: all.
     """
-    for node in graph.nodes:
+    for node in graph.nodes if changed else ():
         if not any(source in changed for source in node.all_input_nodes):
             continue
         if node.target is aten.view.default:

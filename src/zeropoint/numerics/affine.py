@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from zeropoint.core.arguments import require_integer, require_positive
-from zeropoint.core.dtypes import INTEGER_DTYPES, checked_range, integer_range, plain_dtype
+from zeropoint.core.dtypes import FLOAT_DTYPES, INTEGER_DTYPES, checked_range, integer_range, plain_dtype
 from zeropoint.core.errors import SpecError
 from zeropoint.numerics.granularity import Granularity, PerTensor, block_counts, block_size, qparams_shape
 from zeropoint.numerics.qparams import FLOAT32_EPS, choose_qparams
@@ -38,7 +38,8 @@ ZeroPointAdded: TypeAlias = Literal["after_rounding", "before_rounding"]
 """When the zero point is added. ``quantize_per_token`` and ``quantize_per_channel_group`` add it before rounding, so
 that a tie goes to the even **integer**; the other operators after, so that a tie goes to the even number of steps."""
 
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What can be quantized: the operators compute in float32."""
 
 FLOAT32_INTEGERS = 2**24
 """Up to here float32 holds every integer."""
@@ -108,7 +109,7 @@ def dequantize(
         SpecError: a dtype, shape, scale or zero point that cannot hold; the message says the value.
     """
     check_integers(q, "dequantize")
-    if dtype not in (*FLOAT_DTYPES, torch.float64):
+    if dtype not in FLOAT_DTYPES:
         remedy = "Use torch.float32, float64, float16 or bfloat16; for the integers themselves, they are the argument."
         raise SpecError(f"dtype={dtype} is no type of real values", where="dequantize", remedy=remedy)
     integers = integer_range(q.dtype)
@@ -313,14 +314,14 @@ def _check_zero_point(zero_point: torch.Tensor, quant_min: int, quant_max: int, 
 
 
 def check_floats(x: Any, where: str) -> None:
-    """Refuses what is no tensor of ``FLOAT_DTYPES``.
+    """Refuses what is no tensor of ``INPUT_DTYPES``.
 
     Raises:
         SpecError: the message says what it is.
     """
     if not isinstance(x, torch.Tensor):
         raise SpecError(f"x is {type(x).__name__}, not a tensor", where=where, remedy="Give torch.tensor(x).")
-    if x.dtype not in FLOAT_DTYPES:
+    if x.dtype not in INPUT_DTYPES:
         remedy = "Convert it with x.float()."
         raise SpecError(f"x is {x.dtype}, not float32, float16 or bfloat16", where=where, remedy=remedy)
 

@@ -15,14 +15,8 @@ def annotate(model: GraphModule, quantizer: Quantizer) -> GraphModule:
     _check_quantizer(quantizer)
     model = _annotate(model, quantizer)
     quantizer.validate(model)
-    _forget_erased(model)
-    return model
-
-
-def _forget_erased(model: GraphModule) -> None:
-    for _, body in bodies(model):
-        _forget_erased(body)
     forget_erased(model)
+    return model
 
 
 def _check_quantizer(quantizer: object) -> None:

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from zeropoint.core.errors import AnnotationError, SpecError
 from zeropoint.graph.attributes import Names, tensors_of
-from zeropoint.graph.bind import Site, reads, replace_read
+from zeropoint.graph.bind import Site, reads, replace_read, source_of
 from zeropoint.graph.compat import created_from
 from zeropoint.graph.constants import attributes_behind, constant_nodes
 from zeropoint.graph.emit import inherit
@@ -61,7 +61,7 @@ class _Inserter:
         for site, observer in self.observers.items():
             group_size = group_size_of(observer)
             if group_size is not None and site.node.graph is self.model.graph:
-                source = site.node if site.is_output else dict(reads(site.node))[site]
+                source = site.node if site.is_output else source_of(site)
                 _check_groups(source, site, group_size, is_constant=source in self.constants)
         for node in list(self.model.graph.nodes):
             for site, source in list(reads(node)):

@@ -20,7 +20,7 @@ from zeropoint.core.specs import (
     FixedQParamsQuantizationSpec,
     QuantizationSpec,
 )
-from zeropoint.graph.bind import Site, bind
+from zeropoint.graph.bind import Site, source_of
 from zeropoint.numerics.observers import FixedQParamsObserver
 from zeropoint.numerics.observers.derived import DerivedObserver
 
@@ -133,5 +133,4 @@ def _is_per_channel(constructor: Any) -> bool:
 def _place(site: Site) -> EdgeOrNode:
     if site.is_output:
         return site.node
-    value = bind(site.node)[site.argument]
-    return (value if site.element is None else value[site.element], site.node)
+    return (source_of(site), site.node)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.plan import Plan
-from zeropoint.graph.bind import Site, reads
+from zeropoint.graph.bind import source_of
 from zeropoint.graph.compat import OpOverload, is_tensor_list, is_tensor_value
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.graph_pass import bodies
@@ -65,11 +65,8 @@ def compute_nodes(model: GraphModule) -> Iterator[Node]:
 
 def coverage(model: GraphModule, plan: Plan) -> tuple[CoverageRow, ...]:
     """Returns one row per compute node, in the order of the graph. Call it before observers are inserted."""
-    constants, quantized, computing = _constants(model), plan.quantized_nodes(), set[Node]()
-    for node in quantized:
-        values = dict(reads(node))
-        if any(site.is_output or values[site] not in constants for site in (Site(node), *values) if site in plan.specs):
-            computing.add(node)
+    constants, quantized = _constants(model), plan.quantized_nodes()
+    computing = {site.node for site in plan.specs if site.is_output or source_of(site) not in constants}
     return tuple(_row(node, plan, quantized, computing) for node in compute_nodes(model))
 
 

@@ -19,7 +19,6 @@ from zeropoint.numerics import ops
 
 aten = torch.ops.aten
 
-
 ONE_DIMENSION = (aten.conv1d.default, aten.conv1d.padding, aten.conv_transpose1d.default)
 
 
@@ -33,29 +32,26 @@ def repair(model: GraphModule) -> None:
 
 def give_each_layer_its_bias(model: GraphModule) -> None:
     """Clones a bias that several layers read: the delegate would quantize it once, with the first one's scale."""
-    names = Names(model)
-    seen: set[str] = set()
-    for node in list(model.graph.nodes):
-        bias = argument(node, "bias") if node.target in LAYERS else None
-        if not isinstance(bias, Node) or bias.op != "get_attr":
-            continue
-        path = str(bias.target)
-        if path in seen:
-            _give_own_parameter(model, node, "bias", names.new(f"{path.replace('.', '_')}_"))
-        seen.add(path)
+    _give_each_its_own(model, [(node, "bias") for node in model.graph.nodes if node.target in LAYERS])
 
 
 def give_each_layer_of_one_dimension_its_weight(model: GraphModule) -> None:
     """Copies a quantized weight that several layers read, which executorch 1.4 gives a second dimension for each."""
+    weights = [argument(node, "weight") for node in model.graph.nodes if node.target in ONE_DIMENSION]
+    _give_each_its_own(model, [(weight, "input") for weight in weights if weight.target in ops.DEQUANTIZE_OPS])
+
+
+def _give_each_its_own(model: GraphModule, places: list[tuple[Node, str]]) -> None:
+    """Copies a parameter that is read at several places, each a node and the name of its argument, for all but one."""
     names = Names(model)
     seen: set[str] = set()
-    for node in [node for node in model.graph.nodes if node.target in ONE_DIMENSION]:
-        dequantize = argument(node, "weight")
-        if dequantize.target not in ops.DEQUANTIZE_OPS or dequantize.args[0].op != "get_attr":
+    for node, name in places:
+        read = argument(node, name)
+        if not isinstance(read, Node) or read.op != "get_attr":
             continue
-        path = str(dequantize.args[0].target)
+        path = str(read.target)
         if path in seen:
-            _give_own_parameter(model, dequantize, "input", names.new(f"{path.replace('.', '_')}_"))
+            _give_own_parameter(model, node, name, names.new(f"{path.replace('.', '_')}_"))
         seen.add(path)
 
 
