@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch.fx import GraphModule
 
+from zeropoint.annotate import stock
 from zeropoint.annotate.groups import resolve
 from zeropoint.annotate.plan import Plan
 from zeropoint.annotate.quantizer import Quantizer
@@ -29,7 +30,9 @@ from zeropoint.passes.weight_scales import steady_weight_scales
 from zeropoint.report.record import finish_record, record_of, require_prepared, require_unprepared, start_record
 
 
-def prepare_pt2e(model: GraphModule, quantizer: Quantizer) -> GraphModule:
+def prepare_pt2e(
+    model: GraphModule, quantizer: Quantizer, *, stock_observers: Literal["replace", "keep"] = "replace"
+) -> GraphModule:
     """Returns the model with observers where the quantizer wants them, ready for calibration.
 
     Where a call of it fails, the error names the input that the model was not exported for.
@@ -39,6 +42,9 @@ def prepare_pt2e(model: GraphModule, quantizer: Quantizer) -> GraphModule:
             shared with the result.
         quantizer: any object with ``transform_for_annotation``, ``annotate``, ``validate`` and
             ``prepare_obs_or_fq_callback``.
+        stock_observers: what becomes of observers and fake quantizers that torch or torchao ship: ours of the same
+            settings and scales, which are faster and say where data is missing, or "keep". Those of others run as
+            they are.
 
     Raises:
         CaptureError: the model is not exported.
@@ -46,19 +52,22 @@ def prepare_pt2e(model: GraphModule, quantizer: Quantizer) -> GraphModule:
         AnnotationError, RuleError: the quantizer's annotations contradict the graph or one another.
         SpecError: an observer refuses its spec, or its tensor.
     """
-    prepared, _ = prepare_with_plan(model, quantizer)
+    prepared, _ = prepare_with_plan(model, quantizer, stock_observers)
     return prepared
 
 
 @pipeline
-def prepare_with_plan(model: GraphModule, quantizer: Quantizer) -> tuple[GraphModule, Plan]:
+def prepare_with_plan(
+    model: GraphModule, quantizer: Quantizer, stock_observers: str = "replace"
+) -> tuple[GraphModule, Plan]:
     """Returns what ``prepare_pt2e`` returns, and the plan that it carried out."""
     require_exported(model)
     require_unprepared(model, "prepare_pt2e")
+    constructors = stock.stock_observers(stock_observers)
     canonicalize(model)
     fold_batch_norm(model)
     model = annotate(model, quantizer)
-    plan = read_plan(model)
+    plan = read_plan(model, constructors)
     groups = resolve(plan)
     observers = make_observers(model, plan, groups, quantizer)
     start_record(model, plan, quantizer)

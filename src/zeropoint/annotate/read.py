@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.annotation import Q_ANNOTATION_KEY, require_node
 from zeropoint.annotate.plan import Plan, decisions_of, describe_spec
+from zeropoint.annotate.stock import replaced
 from zeropoint.annotate.tied import check_tied
 from zeropoint.core.dtypes import FLOAT_DTYPES, plain_dtype
 from zeropoint.core.errors import AnnotationError
@@ -24,9 +27,13 @@ from zeropoint.graph.compat import is_tensor_value
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.source import describe
 
+Constructor = Callable[[Any], Any]
 
-def read_plan(model: GraphModule) -> Plan:
+
+def read_plan(model: GraphModule, observers: Constructor = replaced) -> Plan:
     """Returns the plan that the annotations of the graph, and of the bodies of its control flow, ask for.
+
+    ``observers`` gives the constructor to use for the one that a spec holds.
 
     Raises:
         AnnotationError: an annotation names a literal, or a node that is not read, holds no spec that is known, or
@@ -34,18 +41,18 @@ def read_plan(model: GraphModule) -> Plan:
     """
     plan = Plan()
     for _, body in bodies(model):
-        plan = plan.merge(read_plan(body))
+        plan = plan.merge(read_plan(body, observers))
     for node in model.graph.nodes:
         annotation = node.meta.get(Q_ANNOTATION_KEY)
         if annotation is not None:
-            _read_inputs(plan, node, annotation)
-            _read_output(plan, node, annotation)
+            _read_inputs(plan, node, annotation, observers)
+            _read_output(plan, node, annotation, observers)
     plan.decisions.update(decisions_of(model.graph.nodes))
     check_tied(model, plan)
     return plan
 
 
-def _read_inputs(plan: Plan, node: Node, annotation: Any) -> None:
+def _read_inputs(plan: Plan, node: Node, annotation: Any, observers: Constructor) -> None:
     if not getattr(annotation, "allow_implicit_sharing", True):
         plan.unshared.add(node)
     wanted = getattr(annotation, "input_qspec_map", None) or {}
@@ -57,27 +64,35 @@ def _read_inputs(plan: Plan, node: Node, annotation: Any) -> None:
             remedy = f"It reads {', '.join(n.name for n in node.all_input_nodes) or 'nothing'}."
             raise AnnotationError(what, where=describe(node), remedy=remedy)
         if spec is not None:
-            plan.specs.update(dict.fromkeys(sites, _read_spec_of(source, spec, sites[0])))
+            plan.specs.update(dict.fromkeys(sites, _read_spec_of(source, spec, sites[0], observers)))
 
 
-def _read_output(plan: Plan, node: Node, annotation: Any) -> None:
+def _read_output(plan: Plan, node: Node, annotation: Any, observers: Constructor) -> None:
     spec = getattr(annotation, "output_qspec", None)
     if spec is None:
         return
     if "val" in node.meta and not is_tensor_value(node.meta["val"]):
         what = "its output is annotated, but it returns no single tensor"
         raise AnnotationError(what, where=describe(node), remedy="Annotate the getitem nodes that take it apart.")
-    plan.specs[Site(node)] = _read_spec_of(node, spec, Site(node))
+    plan.specs[Site(node)] = _read_spec_of(node, spec, Site(node), observers)
 
 
-def _read_spec_of(tensor: Node, spec: Any, site: Site) -> QuantizationSpecBase:
+def _read_spec_of(tensor: Node, spec: Any, site: Site, observers: Constructor) -> QuantizationSpecBase:
     """Returns the spec of a site that reads or makes a tensor; a spec that rounds goes with a float tensor only."""
     found, value = read_spec(spec, site.node), tensor.meta.get("val")
     dtype = getattr(found, "dtype", torch.float32)
     if isinstance(value, torch.Tensor) and not value.is_floating_point() and plain_dtype(dtype) not in FLOAT_DTYPES:
         what = f"{site} is {value.dtype}, and its annotation asks for {describe_spec(found)}"
         raise AnnotationError(what, where=describe(site.node), remedy="Annotate tensors of a float type only.")
-    return found
+    return _built_by(found, observers) if isinstance(found, QuantizationSpec) else found
+
+
+def _built_by(spec: QuantizationSpec, observers: Constructor) -> QuantizationSpec:
+    """Returns the spec with the constructor that ``observers`` gives for its own."""
+    constructor = observers(spec.observer_or_fake_quant_ctr)
+    if constructor is spec.observer_or_fake_quant_ctr:
+        return spec
+    return replace(spec, observer_or_fake_quant_ctr=constructor)
 
 
 def read_spec(spec: Any, node: Node) -> QuantizationSpecBase:
