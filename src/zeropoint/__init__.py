@@ -1,6 +1,7 @@
 """zeropoint: quantize PyTorch models for edge devices."""
 
 from zeropoint.annotate.annotation import QuantizationAnnotation
+from zeropoint.annotate.for_torchao import for_torchao
 from zeropoint.annotate.plan import Decision, Plan
 from zeropoint.annotate.quantizer import ComposableQuantizer, Quantizer
 from zeropoint.api import QuantizedModel, quantize
@@ -41,6 +42,7 @@ __all__ = [
     "ZeropointError",
     "capture",
     "convert_pt2e",
+    "for_torchao",
     "prepare_pt2e",
     "quantize",
 ]

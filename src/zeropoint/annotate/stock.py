@@ -37,7 +37,7 @@ def replaced(constructor: Any) -> Any:
 
     Unwraps partials of any package, nested ones too, and the constructors among the arguments (``observer=...``).
     """
-    kind, arguments, late = _unwrapped(constructor)
+    kind, arguments, late = unwrapped(constructor)
     ours = _BY_NAME.get(kind.__name__) if inspect.isclass(kind) and kind.__module__.startswith(PACKAGES) else None
     if ours is None:
         return constructor
@@ -63,7 +63,7 @@ def stock_observers(choice: str) -> Callable[[Any], Any]:
             raise SpecError(what, where="prepare_pt2e", remedy='Choose "replace" or "keep".')
 
 
-def _unwrapped(constructor: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def unwrapped(constructor: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """Returns the class, its arguments by name, and the functions that give further ones when it is built."""
     arguments: dict[str, Any] = {}
     late: dict[str, Any] = {}
@@ -77,5 +77,5 @@ def _unwrapped(constructor: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
 
 
 def _is_ours(constructor: Any) -> bool:
-    kind, _, _ = _unwrapped(constructor)
+    kind, _, _ = unwrapped(constructor)
     return inspect.isclass(kind) and kind.__module__.startswith("zeropoint.")
