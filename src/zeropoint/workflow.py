@@ -18,6 +18,7 @@ from zeropoint.graph.graph_pass import pipeline
 from zeropoint.graph.invariants import check_invariants
 from zeropoint.numerics.scratch import LateWrites
 from zeropoint.passes.annotate import annotate
+from zeropoint.passes.body_parameters import bring_in_parameters, lift_parameters
 from zeropoint.passes.canonicalize import canonicalize
 from zeropoint.passes.convert import convert, every, none, nothing
 from zeropoint.passes.finish import finish
@@ -64,6 +65,7 @@ def prepare_with_plan(
     require_exported(model)
     require_unprepared(model, "prepare_pt2e")
     constructors = stock.stock_observers(stock_observers)
+    bring_in_parameters(model)
     canonicalize(model)
     fold_batch_norm(model)
     model = annotate(model, quantizer)
@@ -97,6 +99,7 @@ def convert_pt2e(
     with LateWrites() as writes:
         convert(model, every if fold_quantize else none, writes, steady_weight_scales if on_grid else nothing)
         biases = round_biases(model) if on_grid else []
+        lift_parameters(model)
         converted = finish(model)
     finish_record(converted, tuple(biases))
     check_invariants(converted, CONVERTED, "convert_pt2e")
