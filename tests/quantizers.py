@@ -26,7 +26,7 @@ OURS = SimpleNamespace(
 """The classes that an annotation is made of, ours; a test of parity puts torchao's in their place."""
 
 GEMMS = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding)
-TRANSPOSED = (aten.conv_transpose2d.input,)
+TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
 BINARY = (aten.add.Tensor, aten.mul.Tensor, aten.matmul.default)
 
 
