@@ -1,5 +1,7 @@
 """What of a model comes into the file, and how."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import nn
 
 import zeropoint as zp
 from tests.models import Applied
-from zeropoint.backends.xnnpack import lower_float
+from zeropoint.backends.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config, lower_float, lower_program
 from zeropoint.runtime.child import run_in_child
 
 
@@ -57,3 +59,35 @@ def test_one_piece_equal_to_the_converted_model(module, shape):
     assert (result.delegates, result.outside) == (1, ())
     ((actual,),) = run_in_child(result.pte, data[:1])
     torch.testing.assert_close(actual, result.model(*data[0]))
+
+
+@pytest.mark.parametrize("is_per_channel", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(64, 48), (5, 64)), (nn.Linear(64, 48, bias=False), (2, 5, 64)), (nn.Linear(64, 48), (64,))],
+    ids=["rows", "sequences without bias", "one row"],
+)
+@torch.no_grad()
+def test_linear_layers_of_quantized_weights_and_float_inputs(layer, shape, is_per_channel):
+    config = replace(get_symmetric_quantization_config(is_per_channel), input_activation=None, output_activation=None)
+    module, inputs = nn.Sequential(layer, nn.Tanh()), (torch.randn(shape),)
+    model = torch.export.export(module, inputs).module()
+    converted = zp.convert_pt2e(zp.prepare_pt2e(model, XNNPACKQuantizer().set_global(config)))
+    lowered = lower_program(converted, inputs)
+    assert lowered.delegates == 1
+    assert len(lowered.pte) < len(lower_float(module, inputs).pte) - 2.5 * 64 * 48  # Of 4 bytes for each weight.
+    ((actual,),) = run_in_child(lowered.pte, [inputs])
+    torch.testing.assert_close(actual, converted(*inputs), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_free_batch_of_float_inputs_to_quantized_weights():
+    config = replace(get_symmetric_quantization_config(True), input_activation=None, output_activation=None)
+    batch = {"input": {0: torch.export.Dim("batch", max=8)}}
+    model = torch.export.export(nn.Linear(16, 8), (torch.randn(4, 3, 16),), dynamic_shapes=batch).module()
+    converted = zp.convert_pt2e(zp.prepare_pt2e(model, XNNPACKQuantizer().set_global(config)))
+    pte = lower_program(converted, (torch.randn(4, 3, 16),)).pte
+    for size in (1, 8):
+        inputs = (torch.randn(size, 3, 16),)
+        ((actual,),) = run_in_child(pte, [inputs])
+        torch.testing.assert_close(actual, converted(*inputs), rtol=1e-5, atol=1e-5)

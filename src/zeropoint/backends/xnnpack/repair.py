@@ -19,6 +19,10 @@ from zeropoint.numerics import ops
 
 aten = torch.ops.aten
 
+WRITTEN_AS = ("source_fn_stack", "torch_fn", "nn_module_stack")
+"""Metadata by which ExecuTorch would find the linear layer again, and make one of the product."""
+WEIGHT_ONLY = (ops.DEQUANTIZE_PER_TENSOR, ops.DEQUANTIZE_PER_CHANNEL)
+"""Of weights that a portable kernel dequantizes; there is none for groups."""
 ONE_DIMENSION = (aten.conv1d.default, aten.conv1d.padding, aten.conv_transpose1d.default)
 
 
@@ -28,6 +32,7 @@ def repair(model: GraphModule) -> None:
     give_each_move_one_scale(model)
     give_each_layer_its_bias(model)
     give_each_layer_of_one_dimension_its_weight(model)
+    multiply_by_dequantized_weights(model)
 
 
 def give_each_layer_its_bias(model: GraphModule) -> None:
@@ -83,6 +88,44 @@ def give_each_padding_its_quantize(model: GraphModule) -> None:
             if reader.target is not ops.QUANTIZE_PER_TENSOR and not pads_itself(reader, node):
                 emit = Emitter(reader, "give_each_padding_its_quantize")
                 reader.replace_input_with(node, _quantized_again(emit, node, source.args[1:], source.kwargs))
+
+
+def multiply_by_dequantized_weights(model: GraphModule) -> None:
+    """Makes a batched product and a sum of each linear layer whose weight alone is quantized.
+
+    The delegate would multiply by the integers. As a factor of a product of two tensors, the weight is dequantized
+    before each call, by a portable kernel, and stays integers in the file.
+    """
+    for node in list(model.graph.nodes):
+        if node.target is not aten.linear.default or argument(node, "weight").target not in WEIGHT_ONLY:
+            continue
+        if argument(node, "input").target in ops.DEQUANTIZE_OPS or _is_quantized(node):
+            continue
+        shape = node.meta["val"].shape
+        if sum(not isinstance(size, int) for size in shape[:-1]) <= 1:
+            node.replace_all_uses_with(_product(node, [size if isinstance(size, int) else -1 for size in shape]))
+            model.graph.erase_node(node)
+
+
+def _is_quantized(node: Node) -> bool:
+    reader = sole_reader(node)
+    return reader is not None and reader.target in ops.QUANTIZE_OPS
+
+
+def _product(node: Node, shape: list[int]) -> Node:
+    """Returns the result of a linear layer, of this shape, as that of a product with a batch of one."""
+    x, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
+    emit = Emitter(node, "multiply_by_dequantized_weights")
+    outputs, inputs = weight.meta["val"].shape
+    rows = emit.call(aten.reshape.default, x, [1, -1, inputs])
+    transposed = emit.call(aten.permute.default, weight, [1, 0])
+    columns = emit.call(aten.reshape.default, transposed, [1, inputs, outputs])
+    batched = emit.call(aten.bmm.default, rows, columns)
+    for made in (rows, transposed, columns, batched):
+        for key in WRITTEN_AS:
+            made.meta.pop(key, None)
+    product = emit.call(aten.reshape.default, batched, shape)
+    return product if bias is None else emit.call(aten.add.Tensor, product, bias)
 
 
 def _quantized_again(emit: Emitter, source: Node, qparams: tuple[Any, ...], out_dtype: dict[str, Any]) -> Node:
