@@ -21,6 +21,7 @@ from zeropoint.runtime.agreement import Agreement, agreement
 from zeropoint.runtime.verify import Verification, verify
 
 lower_module = importlib.import_module("zeropoint.backends.xnnpack.lower")
+verify_module = importlib.import_module("zeropoint.runtime.verify")
 OUT, PICTURE = 0.06, (1, 4, 6, 7)
 
 
@@ -93,6 +94,14 @@ def test_inputs_and_outputs_of_every_kind():
     assert verified(lambda x, offset, flag: fake(x) if flag else offset, picture(), None, True).sqnr_db == math.inf
 
 
+def test_a_right_file_costs_no_copy_of_the_model(monkeypatch: pytest.MonkeyPatch):
+    def never(*arguments: Any) -> GraphModule:
+        raise AssertionError
+
+    monkeypatch.setattr(verify_module, "beginning", never)
+    assert verified(lambda x: (fake(x), fake(x).argmax(3)), picture()).integers_equal
+
+
 # -- wrong -----------------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +126,14 @@ def test_a_file_of_another_model():
     two = exported(Graph(lambda x: (fake(x), fake(x))), picture())
     with pytest.raises(VerificationError, match=r"-inf dB(.|\n)*Every operator alone is right"):
         verify(lower(two, (picture(),)), right, [(picture(),)], lower)
+
+
+def test_a_single_integer_of_another_model():
+    """A file that classifies one input returns one integer, and that may not differ because it is only one."""
+    x = torch.tensor([[0.4, 0.1, -0.3, 0.37]])
+    right, wrong = (exported(Graph(lambda x, f=f: f(fake(x), 1)), x) for f in (torch.argmax, torch.argmin))
+    with pytest.raises(VerificationError, match="the file's integers are not what its values give"):
+        verify(lower(wrong, (x,)), right, [(x,)], lower)
 
 
 def test_integers_of_wrong_values_are_wrong(unchecked: None):

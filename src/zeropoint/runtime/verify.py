@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from zeropoint.core.errors import CalibrationError, RuntimeFailure, VerificationError
@@ -19,9 +19,8 @@ from zeropoint.runtime.agreement import FLOOR_DB, Agreement, agreements
 from zeropoint.runtime.beginnings import beginning, first_place, output_quantize, places
 from zeropoint.runtime.child import Batches, run_in_child
 from zeropoint.runtime.executorch import check_identifier
+from zeropoint.runtime.ties import explained, float_sources
 
-UNEQUAL = 0.01
-"""The share of integers that may differ from what a part's values give: it is not rounded quite like the whole."""
 Lower = Callable[[GraphModule, tuple[Any, ...]], bytes]
 
 
@@ -49,7 +48,8 @@ def verify(pte: bytes, converted: GraphModule, batches: Batches, lower: Lower) -
 
     A float output is right from 30 dB on, or when it is dequantized and no value is further than one step away.
     Integers and booleans are right when they are equal; and also when the float values that they are computed from are
-    right, and they are what these values give, since an argmax may find the other one of two scores a step apart.
+    right, and each follows from them or from values a step away: an argmax may find the other one of two scores that
+    are a step apart.
 
     Args:
         pte: the bytes of the file.
@@ -87,57 +87,16 @@ def verify(pte: bytes, converted: GraphModule, batches: Batches, lower: Lower) -
 def _settled(found: Agreement, converted: GraphModule, inputs: tuple[Any, ...], lower: Lower) -> Iterator[Agreement]:
     """Yields how an output agrees; of integers that differ, how the float values do that they are computed from."""
     node = found.node if found.discrete and not found.is_right else None
-    sources = _float_sources(node) if node is not None else []
-    part = beginning(converted, [source.name for source in sources])
-    values = _values(part, inputs, lower) if sources else None
-    if node is None or values is None:
+    sources = float_sources(node) if node is not None else []
+    part = beginning(converted, [source.name for source in sources]) if sources else None
+    values = _values(part, inputs, lower) if part is not None else None
+    if node is None or part is None or values is None:
         yield found
         return
     for source, each in zip(sources, agreements(part, inputs, values), strict=True):
         yield replace(each, node=source)
-    given = _From(converted, dict(zip(sources, values, strict=True))).result(node, inputs)
-    if given.shape != found.actual.shape or int((given != found.actual).sum()) > max(1, UNEQUAL * given.numel()):
+    if not explained(converted, node, inputs, found.actual, dict(zip(sources, values, strict=True))):
         yield found
-
-
-def _float_sources(node: Node) -> list[Node]:
-    """Returns the float tensors that integers are computed from, inputs and constants left out."""
-    found: dict[Node, None] = {}
-    seen: set[Node] = set()
-    waiting = list(node.all_input_nodes)
-    while waiting:
-        current = waiting.pop()
-        if current in seen or current.op != "call_function":
-            continue
-        seen.add(current)
-        value = current.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            found[current] = None
-        else:
-            waiting.extend(current.all_input_nodes)
-    return list(found)
-
-
-class _From(Interpreter):
-    """Runs a graph with the values of some nodes given."""
-
-    def __init__(self, model: GraphModule, given: Mapping[Node, torch.Tensor]) -> None:
-        super().__init__(model)
-        self._given = given
-        self._wanted: Node | None = None
-        self._result: Any = None
-
-    def run_node(self, n: Node) -> Any:
-        result = self._given[n] if n in self._given else super().run_node(n)
-        if n is self._wanted:
-            self._result = result
-        return result
-
-    @torch.no_grad()
-    def result(self, wanted: Node, inputs: tuple[Any, ...]) -> torch.Tensor:
-        self._wanted = wanted
-        self.run(*pytree.tree_leaves(inputs), enable_io_processing=False)
-        return torch.as_tensor(self._result)
 
 
 # -- what is wrong, and where ----------------------------------------------------------------------------------------
