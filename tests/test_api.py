@@ -381,6 +381,23 @@ def test_inputs_of_every_kind_run(monkeypatch):
     assert result.runtime_sqnr_db >= 55
 
 
+class Short(nn.Module):
+    """Takes and returns floats of 16 bits, and computes in 32."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return self.layer(x.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inputs_and_outputs_of_short_floats(dtype):
+    data = [(x.to(dtype),) for (x,) in batches()]
+    assert zp.quantize(Short(), data[0], data).runtime_sqnr_db >= 55
+
+
 class Picks(nn.Module):
     """Returns the index of the largest score, and nothing else."""
 

@@ -188,18 +188,29 @@ def test_child_out_of_time(pte: bytes):
 
 def test_values_on_disk(tmp_path: Path):
     path = tmp_path / "values.npz"
-    tensors = (torch.tensor([True, False]), torch.arange(3), torch.ones(2).bfloat16(), torch.zeros(2, 0))
-    save_values(path, (None, *tensors[:2], 2.5, *tensors[2:], 3, True, math.inf, torch.tensor(4)))
-    none, flags, integers, number, halves, empty, *rest, last = load_values(path)
-    assert [t.dtype for t in (flags, integers, halves, empty)] == [
-        torch.bool,
-        torch.int64,
-        torch.float32,
-        torch.float32,
-    ]
-    assert (none, number, rest) == (None, 2.5, [3, True, math.inf])
-    assert empty.shape == (2, 0)
-    assert torch.equal(last, torch.tensor(4))
+    tensors = (torch.tensor([True, False]), torch.arange(3), torch.zeros(2, 0), torch.tensor(4))
+    values = (None, *tensors[:2], 2.5, *tensors[2:], 3, True, math.inf)
+    save_values(path, values)
+    for loaded, value in zip(load_values(path), values, strict=True):
+        assert_same(loaded, value)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int16, torch.uint16]
+)
+def test_tensors_on_disk_keep_their_dtype(dtype: torch.dtype, tmp_path: Path):
+    values = (torch.arange(6).reshape(2, 3).to(dtype).t(), torch.tensor(3).to(dtype))
+    save_values(tmp_path / "values.npz", values)
+    for loaded, value in zip(load_values(tmp_path / "values.npz"), values, strict=True):
+        assert_same(loaded, value)
+
+
+def assert_same(loaded: object, value: object) -> None:
+    assert type(loaded) is type(value)
+    if isinstance(value, torch.Tensor):
+        torch.testing.assert_close(loaded, value, rtol=0, atol=0)
+    else:
+        assert loaded == value
 
 
 @pytest.fixture

@@ -70,20 +70,26 @@ def _environment() -> dict[str, str]:
 
 
 def save_values(path: Path, values: Sequence[Any]) -> None:
-    """Writes tensors as arrays of one file, bfloat16 as float32, and beside it numbers, None and where each stands."""
-    tensors = [value.detach().cpu() for value in values if isinstance(value, torch.Tensor)]
-    plain = [t.float() if t.dtype == torch.bfloat16 else t for t in tensors]
-    np.savez(path, *[t.contiguous().numpy() for t in plain])
-    others = [[] if isinstance(value, torch.Tensor) else [value] for value in values]
-    path.with_suffix(".json").write_text(json.dumps(others))
+    """Writes tensors as arrays of one file, and beside it the dtype of each, numbers and None, in their order."""
+    tensors = [value.detach().cpu().contiguous() for value in values if isinstance(value, torch.Tensor)]
+    np.savez(path, *[(t.view(torch.int16) if t.dtype == torch.bfloat16 else t).numpy() for t in tensors])
+    described = [
+        {"dtype": str(value.dtype)} if isinstance(value, torch.Tensor) else {"value": value} for value in values
+    ]
+    path.with_suffix(".json").write_text(json.dumps(described))
 
 
 def load_values(path: Path) -> list[Any]:
-    """Returns what ``save_values`` wrote, each as what it was; nothing is unpickled."""
+    """Returns what ``save_values`` wrote, each as what it was, tensors with their dtype; nothing is unpickled."""
+    described: list[dict[str, Any]] = json.loads(path.with_suffix(".json").read_text())
     with np.load(path, allow_pickle=False) as arrays:
         tensors = iter([torch.from_numpy(arrays[f"arr_{i}"]) for i in range(len(arrays.files))])
-    others: list[list[Any]] = json.loads(path.with_suffix(".json").read_text())
-    return [other[0] if other else next(tensors) for other in others]
+    return [each["value"] if "value" in each else _typed(next(tensors), each["dtype"]) for each in described]
+
+
+def _typed(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Returns a tensor as written: numpy has no bfloat16, whose bits are kept as int16."""
+    return tensor.view(torch.bfloat16) if dtype == str(torch.bfloat16) else tensor
 
 
 def main(folder: str, count: str) -> None:
