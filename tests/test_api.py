@@ -87,6 +87,20 @@ def test_a_generator_of_single_tensors_is_data_too(monkeypatch):
     assert torch.equal(listed.model(*batches()[0]), streamed.model(*batches()[0]))
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return (x for (x,) in batches(batch=1, count=8))
+
+
+def test_a_loader_of_a_stream_does_not_know_its_length(monkeypatch):
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    with pytest.raises(TypeError):
+        len(loader)
+    listed = quantize_without_runtime(monkeypatch, small(), batches(batch=1)[0], list(loader))
+    streamed = quantize_without_runtime(monkeypatch, small(), batches(batch=1)[0], loader)
+    assert torch.equal(listed.model(*batches(batch=1)[0]), streamed.model(*batches(batch=1)[0]))
+
+
 def test_progress_is_written_when_asked_for(monkeypatch, capsys):
     quantize_without_runtime(monkeypatch, small(), batches()[0], batches(), progress=True)
     assert "calibrate ..." in capsys.readouterr().err

@@ -34,7 +34,7 @@ class CalibrationData:
 
     def __init__(self, data: Iterable[Any], model: GraphModule) -> None:
         self._model = model
-        self.count = len(data) if isinstance(data, Sized) else None
+        self.count = _count(data)
         self._rest = enumerate(_iterate(data))
         self.kept = list(self._first())
         if not self.kept:
@@ -61,6 +61,14 @@ class CalibrationData:
 
     def _checked(self, index: int, batch: Any) -> tuple[Any, ...]:
         return inputs_for(self._model, batch, f"calibration batch {index}")
+
+
+def _count(data: Any) -> int | None:
+    """Returns how many batches there are; None for a generator, and for a DataLoader over an IterableDataset."""
+    try:
+        return len(data) if isinstance(data, Sized) else None
+    except (TypeError, NotImplementedError):  # It has the method, and what it asks has none.
+        return None
 
 
 def _iterate(data: Iterable[Any]) -> Iterator[Any]:
