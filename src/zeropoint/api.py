@@ -26,7 +26,7 @@ from zeropoint.core.errors import NothingQuantizedError, SpecError
 from zeropoint.core.extras import require_extra
 from zeropoint.core.files import write_atomically
 from zeropoint.graph.attributes import get_attribute, set_parameter
-from zeropoint.graph.capture import capture, is_exported
+from zeropoint.graph.capture import capture
 from zeropoint.graph.constants import mutated_attributes
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
 from zeropoint.numerics.sqnr import sqnr_db
@@ -165,7 +165,6 @@ def quantize(
     require_bool("verify", verify, "quantize")
     if progress is not None:
         require_bool("progress", progress, "quantize")
-    _check_free_sizes(model, dynamic_shapes)
     stages = Stages(progress)
     with stages.stage("export"):
         captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
@@ -216,15 +215,6 @@ def _check_accuracy(accuracy: Sequence[str]) -> None:
     if not known:
         remedy = f"Give a tuple of {', '.join(repr(name) for name in ACCURACY)}; () for none."
         raise SpecError(f"accuracy={accuracy!r} is unknown", where="quantize", remedy=remedy)
-
-
-def _check_free_sizes(model: object, dynamic_shapes: Any) -> None:
-    if dynamic_shapes is not None and (isinstance(model, ExportedProgram) or is_exported(model)):
-        what = (
-            f"dynamic_shapes is given, but the model is exported already ({type(model).__name__}), and so are its sizes"
-        )
-        remedy = "Give dynamic_shapes to torch.export.export, or the module to quantize in place of its export."
-        raise SpecError(what, where="quantize", remedy=remedy)
 
 
 def _improve(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from zeropoint.core.errors import CaptureError
+from zeropoint.core.errors import CaptureError, SpecError
 from zeropoint.graph.capture import capture, is_exported, require_exported
 
 
@@ -28,6 +28,29 @@ def test_a_program_and_its_module_are_taken_as_they_are(program):
     assert is_exported(capture(program, inputs))
     model = program.module()
     assert capture(model, inputs) is model
+
+
+@pytest.mark.parametrize("kind", ["ExportedProgram", "GraphModule"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("dynamic_shapes", {"dynamic_shapes": ({0: Dim.DYNAMIC},)}), ("strict=True", {"strict": True})],
+)
+def test_what_export_settles_is_refused_for_an_exported_model(program, kind, name, settings):
+    model = {"ExportedProgram": program, "GraphModule": program.module()}[kind]
+    words = rf"capture: {name} is given, .* exported already \({kind}\).* Give {name} to torch\.export\.export, or the"
+    with pytest.raises(SpecError, match=words):
+        capture(model, models.linear()[1], **settings)
+
+
+def test_strict_is_a_bool():
+    with pytest.raises(SpecError, match=r"capture: strict=1 is no bool"):
+        capture(*models.linear(), strict=1)
+
+
+def test_a_program_of_a_training_model_stays_one():
+    inputs = (torch.ones(2, 4),)
+    program = torch.export.export(nn.Dropout(0.5).train(), inputs)
+    assert models.find(capture(program, inputs), "dropout").args[2] is True
 
 
 def test_strict_export():

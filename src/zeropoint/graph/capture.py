@@ -12,7 +12,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from zeropoint.core.errors import CaptureError
+from zeropoint.core.arguments import require_bool
+from zeropoint.core.errors import CaptureError, SpecError
 
 
 def capture(
@@ -22,27 +23,41 @@ def capture(
     dynamic_shapes: Any = None,
     strict: bool = False,
 ) -> GraphModule:
-    """Returns the model as an exported graph module, in eval mode.
+    """Returns the model as an exported graph module: in eval mode, or as it is where it is exported already.
 
     Args:
-        model: an ``nn.Module`` (exported here), an ``ExportedProgram``, or what its ``.module()`` gave.
+        model: an ``nn.Module`` (exported here, and left in the mode that it is in), an ``ExportedProgram``, or what its
+            ``.module()`` gave. The mode of an export is that of the module when it was exported.
         example_inputs: positional inputs, shapes and dtypes as in use.
         dynamic_shapes: as in ``torch.export.export``, e.g. ``({0: torch.export.Dim.DYNAMIC},)`` for a free batch.
         strict: export with the tracing of Python bytecode, which some vendors' quantizers need.
 
     Raises:
         CaptureError: the model cannot be exported, or two example inputs are the same tensor object.
+        SpecError: ``dynamic_shapes`` or ``strict`` is given for a model that is exported already.
     """
+    require_bool("strict", strict, "capture")
     match model:
         case ExportedProgram():
+            _check_not_given(model, dynamic_shapes, strict)
             return model.module()  # type: ignore[return-value]
         case GraphModule() if is_exported(model):
+            _check_not_given(model, dynamic_shapes, strict)
             return model
         case nn.Module():
             return _export(model, example_inputs, dynamic_shapes, strict)
         case _:
             remedy = "Give an nn.Module, an ExportedProgram or the result of its .module()."
             raise CaptureError(f"got {type(model).__name__}, not a model", remedy=remedy)
+
+
+def _check_not_given(model: object, dynamic_shapes: Any, strict: bool) -> None:
+    """Refuses what is decided when a model is exported."""
+    name = "dynamic_shapes" if dynamic_shapes is not None else "strict=True"
+    if dynamic_shapes is not None or strict:
+        what = f"{name} is given, but the model is exported already ({type(model).__name__}), and that is settled"
+        remedy = f"Give {name} to torch.export.export, or the module in place of its export."
+        raise SpecError(what, where="capture", remedy=remedy)
 
 
 def is_exported(model: object) -> bool:
