@@ -121,7 +121,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     BUILD.mkdir(exist_ok=True)
     instruction = integer_dot_product()
-    print(f"processor: {torch.get_num_threads()} threads, integer dot product: {instruction or 'none'}")
+    print(f"processor: {torch.get_num_threads()} threads, integer dot product: {instruction or 'none known'}")
     figures = {network.name: show(network) for network in NETWORKS}
     (BUILD / "demo.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(f"all figures: {BUILD / 'demo.json'}")

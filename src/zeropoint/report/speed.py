@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from zeropoint.core.processor import integer_dot_product
+from zeropoint.core.processor import has_integer_dot_product
 from zeropoint.graph.bind import argument
-from zeropoint.graph.layers import CONVOLUTIONS, LAYERS, TRANSPOSED
+from zeropoint.graph.layers import CONVOLUTIONS, LAYERS, PADS, TRANSPOSED
 from zeropoint.numerics import ops
 
 
@@ -38,12 +38,20 @@ def work_of(converted: GraphModule) -> Work:
         if node.target not in LAYERS:
             continue
         amount = _multiply_accumulates(node)
-        is_integer = argument(node, "weight").target in ops.DEQUANTIZE_OPS
+        is_integer = _is_integer(node)
         integer += amount if is_integer else 0
         floating += 0 if is_integer else amount
         depthwise += is_integer and node.target in CONVOLUTIONS and _is_depthwise(node)
     conversions = sum(node.target in ops.QUANTIZE_OPS for node in converted.graph.nodes)
     return Work(integer, floating, depthwise, conversions)
+
+
+def _is_integer(layer: Node) -> bool:
+    """True where the input is quantized as well as the weight; with the weight alone, a layer is computed in float."""
+    x, weight = argument(layer, "input"), argument(layer, "weight")
+    if x.target in PADS and len(x.users) == 1:
+        x = x.args[0]
+    return x.target in ops.DEQUANTIZE_OPS and weight.target in ops.DEQUANTIZE_OPS
 
 
 def _multiply_accumulates(node: Node) -> int:
@@ -68,8 +76,11 @@ def speed_note(work: Work) -> str:
     1.7 of the float time, depthwise ones more than the float ones; with one (AVX512 VNNI), all gain.
     """
     reasons: list[str] = []
-    if integer_dot_product() is None:
-        reasons.append("this processor has no integer dot product instruction, so int8 gains little over float")
+    found = has_integer_dot_product()
+    if not found:
+        unknown = "it is not known whether this processor has an integer dot product instruction; without one"
+        none = "this processor has no integer dot product instruction, so"
+        reasons.append(f"{none if found is False else unknown} int8 gains little over float")
         if work.depthwise_layers:
             count = work.depthwise_layers
             reasons.append(
