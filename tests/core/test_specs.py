@@ -1,5 +1,6 @@
 """Specs are values: equal when they would quantize equally."""
 
+import copy
 import functools
 
 import models
@@ -68,6 +69,16 @@ def test_constructors_of_any_kind_have_a_key():
     unhashable = functools.partial(MinMaxObserver, factory_kwargs={"device": "cpu"})
     assert constructor_key(unhashable) == constructor_key(unhashable)
     hash(constructor_key(unhashable))
+
+
+@pytest.mark.parametrize("argument", [[1, 2], {"device": "cpu"}, torch.ones(2), np.ones(2)])
+def test_positional_arguments_of_constructors_count_by_identity_where_they_have_no_hash(argument):
+    def spec(value):
+        return like(observer_or_fake_quant_ctr=functools.partial(MinMaxObserver, value))
+
+    one, other = spec(argument), spec(copy.copy(argument))
+    assert one == spec(argument) != other
+    assert len({one, other, spec(argument)}) == 2
 
 
 def test_a_legacy_dtype_equals_the_plain_one():

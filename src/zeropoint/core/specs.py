@@ -30,13 +30,14 @@ def constructor_key(constructor: Any) -> object:
     """Returns a hashable value, equal for constructors that build equal observers.
 
     Unwraps ``functools.partial`` and any ``with_args`` wrapper (an object whose ``p`` is a partial), nested ones too.
-    A value that cannot be hashed counts by identity.
+    A value that cannot be hashed counts by identity, and a tensor does.
     """
     partial = constructor if isinstance(constructor, functools.partial) else getattr(constructor, "p", None)
     if isinstance(partial, functools.partial):
         late = getattr(constructor, "callable_args", {})
-        return constructor_key(partial.func), partial.args, _items_key(partial.keywords), _items_key(late)
-    return _value_key(constructor)
+        positional = tuple(constructor_key(value) for value in partial.args)
+        return constructor_key(partial.func), positional, _items_key(partial.keywords), _items_key(late)
+    return ("identity", id(constructor)) if isinstance(constructor, torch.Tensor) else _value_key(constructor)
 
 
 def _items_key(items: dict[str, Any]) -> frozenset[tuple[str, object]]:
