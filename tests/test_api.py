@@ -9,7 +9,11 @@ from torch import nn
 
 import zeropoint as zp
 from zeropoint import api
-from zeropoint.backends.xnnpack import XNNPACKQuantizer, get_default_quantization_config
+from zeropoint.backends.xnnpack import (
+    XNNPACKQuantizer,
+    get_default_quantization_config,
+    get_symmetric_quantization_config,
+)
 from zeropoint.core.errors import (
     CalibrationError,
     CaptureError,
@@ -21,6 +25,7 @@ from zeropoint.core.errors import (
     RuleError,
     SpecError,
 )
+from zeropoint.report.accuracy import AccuracyWork
 from zeropoint.runtime.executorch import Program
 
 
@@ -54,6 +59,45 @@ def test_the_summary_says_what_happened(result):
     for stage in ("export", "equalize", "prepare", "calibrate", "convert", "correct biases", "lower", "verify"):
         assert f"{stage} " in text
         assert result.stages_s[stage] >= 0
+
+
+def test_the_summary_says_what_was_done_for_accuracy(monkeypatch):
+    config = get_symmetric_quantization_config(is_per_channel=True, weight_qmin=-7, weight_qmax=7)
+    quantizer = XNNPACKQuantizer().set_global(config)
+    data = batches(count=16)
+    found = quantize_without_runtime(monkeypatch, small(), data[0], data, quantizer=quantizer)
+    assert found.accuracy.corrected == ("conv2d", "linear")
+    why = "no two have only relu, pooling or zero padding between them"
+    assert f"\naccuracy  equalized no layers: {why}; corrected the biases of 2 layers\n" in str(found)
+
+
+def pair() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+
+
+def test_pairs_that_were_equalized_are_named(monkeypatch):
+    found = quantize_without_runtime(monkeypatch, pair(), batches()[0], batches(), accuracy=("equalize",))
+    assert found.accuracy == AccuracyWork((("conv2d", "conv2d_1"),), (), "", "not asked for")
+    assert "\naccuracy  equalized 1 pair of layers; corrected no biases: not asked for\n" in str(found)
+    assert {"correct biases", "float means", "verify"}.isdisjoint(found.stages_s)
+    stages = "export, read data, canonicalize, equalize, prepare, calibrate, convert, lower, compare"
+    assert ", ".join(found.stages_s) == stages
+
+
+def test_what_was_not_asked_for_is_no_stage(monkeypatch):
+    found = quantize_without_runtime(monkeypatch, pair(), batches()[0], batches(), accuracy=())
+    assert "accuracy  equalized no layers: not asked for; corrected no biases: not asked for" in str(found)
+    assert "equalize" not in found.stages_s
+
+
+def test_biases_that_cannot_be_corrected_have_a_reason(monkeypatch):
+    one = batches(count=1, batch=1)
+    found = quantize_without_runtime(monkeypatch, pair(), one[0], one)
+    assert "equalized 1 pair of layers; corrected no biases: only 1 sample was used, and it takes 2" in str(found)
+    data = [(torch.randn(2, 4),) for _ in range(3)]
+    found = quantize_without_runtime(monkeypatch, Counts(), data[0], data)
+    assert "; corrected no biases: the model writes to buffers\n" in str(found)
 
 
 def test_the_file_does_not_hold_the_float_weights(result):

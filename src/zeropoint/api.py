@@ -16,8 +16,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from zeropoint.algorithms.correct_biases import channel_means, correct_biases
-from zeropoint.algorithms.equalize import equalize
+from zeropoint.algorithms.correct_biases import Correction, channel_means, correct_biases
+from zeropoint.algorithms.equalize import Pair, equalize
 from zeropoint.annotate.quantizer import Quantizer
 from zeropoint.backends import xnnpack
 from zeropoint.calibration import CalibrationData
@@ -33,6 +33,7 @@ from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.passes.canonicalize import canonicalize
 from zeropoint.passes.convert import has_observers
 from zeropoint.passes.fold_batch_norm import fold_batch_norm
+from zeropoint.report.accuracy import AccuracyWork, accuracy_line
 from zeropoint.report.coverage import CoverageRow, quantized_count
 from zeropoint.report.record import Record, record_of, refresh_biases, require_unprepared
 from zeropoint.report.speed import speed_note, work_of
@@ -47,6 +48,7 @@ COMPARED_BATCHES = 2
 """Calibration batches on which file, converted and float model are compared."""
 ACCURACY = ("equalize", "correct_biases")
 """What ``quantize`` does for accuracy unless told otherwise."""
+NOT_ASKED_FOR = "not asked for"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class QuantizedModel:
         float_sqnr_db: lowest SQNR of a float output of the converted model against the float model, in dB; NaN
             where all outputs are integers.
         verification: how the file compares with the converted model on the runtime; None: not verified.
+        accuracy: what was done for accuracy beyond rounding, and why not more.
         stages_s: seconds that each stage took.
         free: the largest size of each axis of an input that is free in the file, by ``input[axis]``.
     """
@@ -73,6 +76,7 @@ class QuantizedModel:
     outside: tuple[tuple[str, int], ...]
     float_sqnr_db: float
     verification: Verification | None
+    accuracy: AccuracyWork
     stages_s: dict[str, float]
     free: tuple[tuple[str, int], ...] = ()
 
@@ -111,6 +115,7 @@ class QuantizedModel:
         return "\n".join(
             [
                 *coverage_lines(self.coverage),
+                accuracy_line(self.accuracy),
                 *bias_lines(self.record.biases),
                 size_line(self.record.float_bytes, self.record.converted_bytes, "weights"),
                 *float_weight_lines(self.model, self.record.converted_bytes),
@@ -170,9 +175,10 @@ def quantize(
         captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
         require_unprepared(captured, "quantize")
         float_model = _copy(captured)
+    with stages.stage("read data"):
         data = CalibrationData(calibration_data, float_model)
-    with stages.stage("equalize"):
-        working, reference = _improve(float_model, data, accuracy)
+    working, equalized = _improve(float_model, data, accuracy, stages)
+    reference = _float_means(working, float_model, data, accuracy, stages)
     with stages.stage("prepare"):
         prepared = prepare_pt2e(working, quantizer if quantizer is not None else _default_quantizer())
         _require_quantized(prepared)
@@ -181,20 +187,22 @@ def quantize(
             prepared(*inputs)
     with stages.stage("convert"):
         converted = convert_pt2e(prepared)
-    with stages.stage("correct biases"):
-        correct_biases(converted, data.kept, reference)
-        refresh_biases(converted)
-        _restart(converted, float_model)
+    correction = _correct(converted, data, reference, stages)
+    _restart(converted, float_model)
     with stages.stage("lower"):
         lowered = xnnpack.lower_program(converted, example_inputs)
-    with stages.stage("verify"):
-        compared = data.kept[:COMPARED_BATCHES]
-        verification = verify_file(lowered.pte, converted, compared, xnnpack.lower) if verify else None
-        _restart(converted, float_model)
+    compared = data.kept[:COMPARED_BATCHES]
+    verification = None
+    if verify:
+        with stages.stage("verify"):
+            verification = verify_file(lowered.pte, converted, compared, xnnpack.lower)
+            _restart(converted, float_model)
+    with stages.stage("compare"):
         float_sqnr = _float_sqnr(float_model, converted, compared)
+    work = _accuracy_work(accuracy, equalized, correction)
     return QuantizedModel(
         converted, lowered.pte, record_of(converted), lowered.delegates, lowered.outside, float_sqnr, verification,
-        dict(stages.seconds), lowered.free,
+        work, dict(stages.seconds), lowered.free,
     )  # fmt: skip
 
 
@@ -218,22 +226,57 @@ def _check_accuracy(accuracy: Sequence[str]) -> None:
 
 
 def _improve(
-    float_model: GraphModule, data: CalibrationData, accuracy: Sequence[str]
-) -> tuple[GraphModule, dict[str, torch.Tensor]]:
-    """Returns a copy of the model to be quantized, and what bias correction will want of it.
-
-    That is nothing where the model writes to buffers: it corrects layer by layer, each on all batches, and what such a
-    model computes depends on the batches before.
-    """
-    working = _copy(float_model)
-    canonicalize(working)
-    fold_batch_norm(working)
+    float_model: GraphModule, data: CalibrationData, accuracy: Sequence[str], stages: Stages
+) -> tuple[GraphModule, list[Pair]]:
+    """Returns a copy of the model to be quantized, and the pairs of layers that were equalized in it."""
+    with stages.stage("canonicalize"):
+        working = _copy(float_model)
+        canonicalize(working)
+        fold_batch_norm(working)
+    pairs: list[Pair] = []
     if "equalize" in accuracy:
-        equalize(working, data.kept)
-    corrects = "correct_biases" in accuracy and not mutated_attributes(working.graph)
-    reference = channel_means(working, data.kept) if corrects else {}
+        with stages.stage("equalize"):
+            pairs = equalize(working, data.kept)
+    return working, pairs
+
+
+def _float_means(
+    working: GraphModule, float_model: GraphModule, data: CalibrationData, accuracy: Sequence[str], stages: Stages
+) -> dict[str, torch.Tensor] | None:
+    """Returns what bias correction wants of the model before it is quantized; None where none is to be done.
+
+    So where the model writes to buffers: it corrects layer by layer, each on all batches, and what such a model
+    computes depends on the batches before.
+    """
+    reference = None
+    if "correct_biases" in accuracy and not mutated_attributes(working.graph):
+        with stages.stage("float means"):
+            reference = channel_means(working, data.kept)
     _restart(working, float_model)
-    return working, reference
+    return reference
+
+
+def _correct(
+    converted: GraphModule, data: CalibrationData, reference: dict[str, torch.Tensor] | None, stages: Stages
+) -> Correction | None:
+    if reference is None:
+        return None
+    with stages.stage("correct biases"):
+        correction = correct_biases(converted, data.kept, reference)
+        refresh_biases(converted)
+    return correction
+
+
+def _accuracy_work(accuracy: Sequence[str], pairs: Sequence[Pair], correction: Correction | None) -> AccuracyWork:
+    """Returns what was done for accuracy, and why what was not."""
+    not_equalized = "" if pairs else "no two have only relu, pooling or zero padding between them"
+    not_corrected = "the model writes to buffers" if correction is None else correction.reason
+    return AccuracyWork(
+        tuple((pair.first.name, pair.second.name) for pair in pairs),
+        () if correction is None else correction.changed,
+        not_equalized if "equalize" in accuracy else NOT_ASKED_FOR,
+        not_corrected if "correct_biases" in accuracy else NOT_ASKED_FOR,
+    )
 
 
 def _check_backend(backend: str) -> None:

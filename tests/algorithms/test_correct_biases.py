@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 import zeropoint as zp
-from zeropoint.algorithms.correct_biases import channel_means, correct_biases, last_reads, live_bytes, significant
+from zeropoint.algorithms.correct_biases import (
+    Correction,
+    channel_means,
+    correct_biases,
+    last_reads,
+    live_bytes,
+    significant,
+)
 from zeropoint.backends.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config
 from zeropoint.graph.bind import argument
 from zeropoint.graph.layers import LAYERS
@@ -48,7 +55,7 @@ def test_the_means_are_restored(quantized):
         "conv2d": (32, 16), "conv2d_1": (32, 16), "linear": (32, 5),
     }  # fmt: skip
     before = shifts(reference, converted, batches)
-    assert correct_biases(converted, batches, reference) == ["conv2d_1", "linear"]
+    assert correct_biases(converted, batches, reference) == Correction(("conv2d_1", "linear"), 2, 32)
     after = shifts(reference, converted, batches)
     for name in ("conv2d_1", "linear"):
         assert after[name] < 0.5 * before[name]
@@ -69,9 +76,19 @@ def test_nothing_to_correct_changes_nothing(quantized):
     _, converted, batches = quantized
     converted = copy.deepcopy(converted)
     before = {name: tensor.clone() for name, tensor in converted.state_dict().items()}
-    assert correct_biases(converted, batches, channel_means(converted, batches)) == []
-    assert correct_biases(converted, batches, {}) == []
+    found = correct_biases(converted, batches, channel_means(converted, batches))
+    assert (found, found.reason) == (Correction((), 2, 32), "no shift is larger than chance")
+    found = correct_biases(converted, batches, {})
+    assert found.reason == "no layer has a bias, and input and weight quantized to fixed scales"
     assert all(torch.equal(tensor, before[name]) for name, tensor in converted.state_dict().items())
+
+
+def test_one_sample_corrects_nothing_and_says_so(quantized):
+    graph, converted, batches = quantized
+    of_one = {name: means[:1] for name, means in channel_means(graph, batches).items()}
+    found = correct_biases(copy.deepcopy(converted), [(batches[0][0][:1],)], of_one)
+    assert found == Correction((), 2, 1)
+    assert found.reason == "only 1 sample was used, and it takes 2 to tell a shift from chance"
 
 
 def test_chance_is_not_corrected():
@@ -94,6 +111,8 @@ def test_as_many_batches_are_used_as_fit_in_memory(quantized, monkeypatch):
     live = live_bytes(model, batches[0], last_reads(model))
     assert 2 * activation <= live < 3 * activation
     monkeypatch.setattr("zeropoint.algorithms.correct_biases.LIVE_BYTES", 2 * live)
-    assert correct_biases(actual, batches, whole) == changed != []
+    assert correct_biases(actual, batches, whole) == changed
+    assert changed.changed
+    assert changed.samples == 8
     for name, tensor in expected.state_dict().items():
         assert torch.equal(tensor, actual.state_dict()[name])

@@ -6,6 +6,7 @@ Nagel et al. 2019, section 4.2, the empirical form: layer by layer, each with th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,32 @@ SIGNIFICANCE = 2.0
 """A shift is corrected when it is at least so many times its own standard error over the samples."""
 
 
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """What bias correction did.
+
+    Args:
+        changed: names of the layers whose biases were changed.
+        correctable: how many layers have a bias that could be: one on the int32 grid.
+        samples: how many samples the shifts of their means were measured on.
+    """
+
+    changed: tuple[str, ...]
+    correctable: int
+    samples: int
+
+    @property
+    def reason(self) -> str:
+        """Why no bias was changed; empty where one was."""
+        if self.changed:
+            return ""
+        if not self.correctable:
+            return "no layer has a bias, and input and weight quantized to fixed scales"
+        if self.samples < 2:
+            return f"only {self.samples} sample was used, and it takes 2 to tell a shift from chance"
+        return "no shift is larger than chance"
+
+
 def channel_means(model: GraphModule, batches: Sequence[tuple[Any, ...]]) -> dict[str, torch.Tensor]:
     """Returns, for each layer by name, the mean of each output channel of each sample: ``(samples, channels)``."""
     found: dict[str, list[torch.Tensor]] = {}
@@ -42,8 +69,8 @@ def _means(layer: Node, value: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def correct_biases(
     converted: GraphModule, batches: Sequence[tuple[Any, ...]], reference: dict[str, torch.Tensor]
-) -> list[str]:
-    """Adds to each quantized layer's bias what its output lacks in the mean; returns the names of the layers changed.
+) -> Correction:
+    """Adds to each quantized layer's bias what its output lacks in the mean; returns what was changed.
 
     Args:
         converted: what ``convert_pt2e`` returned; its biases are changed, and stay on their int32 grid.
@@ -51,22 +78,25 @@ def correct_biases(
         reference: ``channel_means`` of the float model.
     """
     if not reference:
-        return []
+        return Correction((), 0, 0)
     last_read = last_reads(converted)
     batches = batches[: max(1, LIVE_BYTES // max(1, live_bytes(converted, batches[0], last_read)))]
     values: list[dict[Node, Any]] = [_inputs(converted, inputs) for inputs in batches]
     changed: list[str] = []
+    correctable = samples = 0
     for node in converted.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
         for known in values:
             known[node] = _run(converted, node, known)
-        if node.name in reference and node.target in LAYERS and _correct(converted, node, values, reference[node.name]):
-            changed.append(node.name)
+        if node.name in reference and (scale := _grid(converted, node)) is not None:
+            correctable, samples = correctable + 1, max(samples, sum(len(known[node]) for known in values))
+            if _correct(converted, node, values, reference[node.name], scale):
+                changed.append(node.name)
         for finished in last_read.get(node, ()):
             for known in values:
                 known.pop(finished, None)
-    return changed
+    return Correction(tuple(changed), correctable, samples)
 
 
 def _inputs(model: GraphModule, inputs: tuple[Any, ...]) -> dict[Node, Any]:
@@ -108,17 +138,19 @@ def _run(model: GraphModule, node: Node, known: dict[Node, Any]) -> Any:
     return target(*args, **kwargs)
 
 
-def _correct(model: GraphModule, layer: Node, values: list[dict[Node, Any]], reference: torch.Tensor) -> bool:
-    """Corrects one layer's bias and its outputs on all batches; returns whether it did."""
+def _grid(model: GraphModule, layer: Node) -> torch.Tensor | None:
+    """Returns the step of a layer's bias; None where it has none, or it is not one of a quantized layer."""
+    if layer.target not in LAYERS or argument(layer, "weight").target not in ops.DEQUANTIZE_OPS:
+        return None
     bias = argument(layer, "bias")
-    scale = bias_scale(model, layer)
-    if (
-        scale is None
-        or bias is None
-        or bias.op != "get_attr"
-        or argument(layer, "weight").target not in ops.DEQUANTIZE_OPS
-    ):
-        return False
+    return bias_scale(model, layer) if bias is not None and bias.op == "get_attr" else None
+
+
+def _correct(
+    model: GraphModule, layer: Node, values: list[dict[Node, Any]], reference: torch.Tensor, scale: torch.Tensor
+) -> bool:
+    """Corrects one layer's bias, of steps of ``scale``, and its outputs on all batches; returns whether it did."""
+    bias = argument(layer, "bias")
     means = torch.cat([_means(layer, known[layer]) for known in values])
     shift = reference[: len(means)] - means
     wanted = significant(shift)

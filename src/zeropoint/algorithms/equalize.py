@@ -56,10 +56,10 @@ def equalize(model: GraphModule, batches: Sequence[tuple[Any, ...]]) -> list[Pai
     """
     pairs = find_pairs(model)
     ranges = _ranges(model, batches, [pair.first for pair in pairs])
-    for pair in pairs:
-        if pair.first in ranges:
-            _apply(model, pair, factors(*ranges[pair.first]))
-    return pairs
+    applied = [pair for pair in pairs if pair.first in ranges]
+    for pair in applied:
+        _apply(model, pair, factors(*ranges[pair.first]))
+    return applied
 
 
 def find_pairs(model: GraphModule) -> list[Pair]:
