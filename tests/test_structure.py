@@ -70,6 +70,14 @@ def test_files_and_functions_are_short(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_frozen_dataclasses_have_slots(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        for decorator in node.decorator_list if isinstance(node, ast.ClassDef) else ():
+            settings = {word.arg for word in decorator.keywords} if isinstance(decorator, ast.Call) else set()
+            assert "frozen" not in settings or "slots" in settings, f"{name_of(path)}: {node.name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_private_torch_names_are_in_one_file(path):
     if name_of(path) in PRIVATE_IMPORTS:
         return

@@ -51,7 +51,7 @@ ACCURACY = ("equalize", "correct_biases")
 NOT_ASKED_FOR = "not asked for"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class QuantizedModel:
     """What ``quantize`` made. Printing it gives the summary.
 
@@ -61,9 +61,10 @@ class QuantizedModel:
         record: coverage, sizes and biases.
         delegates: pieces of the model that run on the backend; one is best.
         outside: operators left outside of it, with how often.
-        float_sqnr_db: lowest SQNR of a float output of the converted model against the float model, in dB; NaN
-            where all outputs are integers.
-        verification: how the file compares with the converted model on the runtime; None: not verified.
+        float_sqnr_db: lowest SQNR of a float output of the converted model against the float model, in dB, on the
+            first two calibration batches; NaN where all outputs are integers.
+        verification: how the file compares with the converted model on the runtime, on the same batches; None: not
+            verified.
         accuracy: what was done for accuracy beyond rounding, and why not more.
         stages_s: seconds that each stage took.
         free: the largest size of each axis of an input that is free in the file, by ``input[axis]``.
@@ -152,8 +153,9 @@ def quantize(
         dynamic_shapes: which sizes are free, as in ``torch.export.export``; for a module that is not exported yet.
         accuracy: what is done beyond rounding: ``"equalize"`` the channels of activations between two layers,
             ``"correct_biases"`` for the shift that rounding gives to the mean of each channel, unless the model writes
-            to buffers. Both are exact in float.
-        verify: run the file in a child process and compare it with the converted model.
+            to buffers. The first leaves what the float model computes as it is; the second changes the biases of the
+            quantized model only.
+        verify: run the file in a child process and compare it with the converted model, on the first two batches.
         progress: write progress to standard error; by default when that is a terminal.
 
     Raises:
@@ -162,6 +164,9 @@ def quantize(
         GraphError: it is prepared or converted already.
         CalibrationError: there is no data, or it does not fit the model.
         NothingQuantizedError: no operator would be quantized.
+        AnnotationError, RuleError: the quantizer's annotations contradict the graph, or a rule matches nothing.
+        LoweringError: the backend would refuse the converted model, or compute it wrongly.
+        RuntimeFailure: the file does not run; names the first operator with which it does not.
         VerificationError: the file computes something else; names the first operator that differs.
         MissingExtraError: the backend's package is not installed; found before anything is done.
     """

@@ -51,7 +51,7 @@ def steady_fraction(x: float, w: float, y: float) -> tuple[Fraction, int, int]:
 
 
 @given(scales, scales, scales)
-def test_scale_is_raised_by_a_128th_at_most(x: float, w: float, y: float):
+def test_scale_is_raised_by_two_255ths_at_most(x: float, w: float, y: float):
     raised = steady(x, w, y)
     assert w * (1 - ULP) <= raised <= w * (1 + LARGEST_RAISE) * (1 + ULP)
 

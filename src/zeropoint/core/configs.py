@@ -13,7 +13,7 @@ from zeropoint.core.specs import QuantizationSpec, is_spec
 OperatorPatternType: TypeAlias = list[Callable[..., Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class QuantizationConfig:
     """The specs of activations, weights and biases; None: that role stays float.
 

@@ -4,7 +4,7 @@ The runtime computes ``y = round(M * a)`` with an integer accumulator ``a`` and 
 computes the same in float32, with an error of some 1e-5. Where ``M * a`` lies that near to a half, the two round to
 different integers, and in a deep network one such difference spreads until the outputs agree by 25 dB only. With
 ``M = p / q`` for an odd ``q``, ``M * a = n + 1/2`` has no solution (``2 p a`` is even, ``q (2 n + 1)`` odd), and it
-stays ``1 / (2 q)`` away from every half. So each weight scale is raised, by at most 1/128, until ``M`` is such a
+stays ``1 / (2 q)`` away from every half. So each weight scale is raised, by at most 2/255, until ``M`` is such a
 fraction with a small ``q``: the weights are then rounded on that grid, which costs nothing that can be measured.
 """
 
@@ -86,7 +86,7 @@ def holding_bias(w: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, groups: i
 def steady_scale(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Returns a scale, at most 2/255 above ``w``, for which ``x w / y`` is a fraction of small odd denominator.
 
-    ``p = ceil(256 M)`` and the largest odd ``q <= p / M``: then ``q >= 254``, and ``q <= 512`` where ``M >= 1/256``;
+    ``p = ceil(256 M)`` and the largest odd ``q <= p / M``: then ``q >= 255``, and ``q <= 511`` where ``M >= 1/256``;
     below, ``p = 1`` and halves lie midway between what neighbouring accumulators give.
 
     Args:

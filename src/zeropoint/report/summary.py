@@ -11,7 +11,7 @@ from zeropoint.report.coverage import CoverageRow
 
 
 def coverage_lines(rows: Iterable[CoverageRow], most: int = 12) -> list[str]:
-    """Returns what runs in integers by pattern, and what stays float, with the reasons."""
+    """Returns what runs in integers by operator, and what stays float, with the reasons."""
     rows = list(rows)
     integer = Counter(row.operator for row in rows if row.is_quantized)
     reasons: dict[tuple[str, str], list[CoverageRow]] = defaultdict(list)
