@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch.fx import GraphModule
 
@@ -11,6 +11,7 @@ from zeropoint.annotate.groups import resolve
 from zeropoint.annotate.plan import Plan
 from zeropoint.annotate.quantizer import Quantizer
 from zeropoint.annotate.read import read_plan
+from zeropoint.core.arguments import require_bool
 from zeropoint.core.errors import SpecError
 from zeropoint.graph.capture import require_exported
 from zeropoint.graph.explained import ExplainedModule
@@ -91,6 +92,7 @@ def convert_pt2e(
     Raises:
         CalibrationError: an observer saw no data; names the tensor.
         GraphError: the model has no observers: it was not prepared, nothing was annotated, or it is converted already.
+        SpecError: a flag is no bool, or ``use_reference_representation`` is True.
     """
     _check_flags(use_reference_representation, fold_quantize)
     require_exported(model)
@@ -106,13 +108,8 @@ def convert_pt2e(
     return converted
 
 
-def _check_flags(use_reference_representation: Any, fold_quantize: Any) -> None:
-    for name, value in (
-        ("use_reference_representation", use_reference_representation),
-        ("fold_quantize", fold_quantize),
-    ):
-        if not isinstance(value, bool):
-            raise SpecError(f"{name} is {type(value).__name__}, not a bool", where="convert_pt2e")
-    if use_reference_representation:
+def _check_flags(use_reference_representation: bool, fold_quantize: bool) -> None:
+    require_bool("fold_quantize", fold_quantize, "convert_pt2e")
+    if require_bool("use_reference_representation", use_reference_representation, "convert_pt2e"):
         what = "use_reference_representation=True is not available in this version"
         raise SpecError(what, where="convert_pt2e", remedy="Leave it False: the q/dq form is what backends read.")

@@ -488,8 +488,8 @@ def test_a_module_that_is_not_exported():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"use_reference_representation": "yes"}, "use_reference_representation is str, not a bool"),
-        ({"fold_quantize": 1}, "fold_quantize is int, not a bool"),
+        ({"use_reference_representation": "yes"}, "convert_pt2e: use_reference_representation='yes' is no bool"),
+        ({"fold_quantize": 1}, "convert_pt2e: fold_quantize=1 is no bool"),
         ({"use_reference_representation": True}, "not available"),
     ],
 )
