@@ -105,6 +105,17 @@ def test_the_file_does_not_hold_the_float_weights(result):
     assert not [n for n, t in result.model.state_dict().items() if t.is_floating_point() and t.numel() > 8]
 
 
+def test_convolutions_of_one_sample_stay_float_and_the_file_is_right():
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+    data = [(torch.randn(3, 16, 16),) for _ in range(4)]
+    result = zp.quantize(nn.Sequential(first, nn.ReLU(), second, nn.Linear(16, 5)), data[0], data)
+    assert [row.operator for row in result.coverage if row.is_quantized] == ["linear"]
+    assert "no batch; the kernel has 4" in next(row.reason for row in result.coverage if row.operator == "conv2d")
+    assert result.verification is not None
+    assert result.float_sqnr_db > 30
+
+
 def test_the_users_model_is_left_alone(monkeypatch):
     model = small().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import quantizers
 import torch
 from torch import nn
 
@@ -116,3 +117,21 @@ def test_as_many_batches_are_used_as_fit_in_memory(quantized, monkeypatch):
     assert changed.samples == 8
     for name, tensor in expected.state_dict().items():
         assert torch.equal(tensor, actual.state_dict()[name])
+
+
+def test_a_convolution_without_a_batch_has_one_sample():
+    torch.manual_seed(0)
+    batches = [(torch.rand(3, 10, 10),) for _ in range(8)]
+    graph = torch.export.export(nn.Sequential(nn.Conv2d(3, 16, 3)).eval(), batches[0]).module()
+    by = quantizers.weight(quant_min=-2, quant_max=2)
+    quantizer = quantizers.ByHand(lambda model: quantizers.static(model, weight_spec=by))
+    prepared = zp.prepare_pt2e(copy.deepcopy(graph), quantizer)
+    for batch in batches:
+        prepared(*batch)
+    converted = zp.convert_pt2e(prepared)
+    reference = channel_means(graph, batches)
+    assert reference["conv2d"].shape == (8, 16)
+    torch.testing.assert_close(reference["conv2d"][3], graph(*batches[3]).mean((1, 2)))
+    before = shifts(reference, converted, batches)["conv2d"]
+    assert correct_biases(converted, batches, reference) == ["conv2d"]
+    assert shifts(reference, converted, batches)["conv2d"] < 0.5 * before

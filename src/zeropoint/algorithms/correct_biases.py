@@ -61,8 +61,11 @@ def channel_means(model: GraphModule, batches: Sequence[tuple[Any, ...]]) -> dic
 
 
 def _means(layer: Node, value: torch.Tensor) -> torch.Tensor:
-    """Returns the mean over all axes but the first and that of the channels."""
-    channels_last = value.movedim(channel_axis(layer), -1)
+    """Returns the mean over all axes but that of the samples, which is the first, and that of the channels."""
+    axis = channel_axis(layer)
+    channels_last = value.movedim(axis, -1)
+    if axis == 0:  # The layer has one sample, and no axis of them.
+        channels_last = channels_last.unsqueeze(0)
     return channels_last.reshape(channels_last.shape[0], -1, channels_last.shape[-1]).mean(1)
 
 

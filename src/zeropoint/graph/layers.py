@@ -53,8 +53,14 @@ def groups_of(layer: Node) -> int:
 
 
 def channel_axis(layer: Node) -> int:
-    """Returns the axis of a layer's output, and of its input, along which its channels lie."""
-    return -1 if layer.target in LINEAR else 1
+    """Returns the axis of a layer's output, and of its input, along which its channels lie.
+
+    Before the axes of space, that is: the first one of a convolution of one sample, without a batch.
+    """
+    if layer.target in LINEAR:
+        return -1
+    space = argument(layer, "weight").meta["val"].dim() - 2
+    return layer.meta["val"].dim() - space - 1
 
 
 def axis_before(node: Node, axis: int) -> int | None:
