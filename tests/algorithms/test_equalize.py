@@ -42,6 +42,11 @@ PAIRS = {
     ),
     "linear": lambda: (nn.Sequential(uneven(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 3)), (4, 5)),
     "linear on sequences": lambda: (nn.Sequential(uneven(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 3)), (2, 7, 5)),
+    "one sample, no batch": lambda: (nn.Sequential(conv(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), (3, 9, 9)),
+    "one sample, pool and pad": lambda: (
+        nn.Sequential(conv(3, 8, 3), nn.MaxPool2d(2), nn.ZeroPad2d(1), nn.ConvTranspose2d(8, 4, 2, 2)),
+        (3, 10, 10),
+    ),
     "conv1d": lambda: (nn.Sequential(uneven(nn.Conv1d(3, 8, 3)), nn.ReLU(), nn.Conv1d(8, 4, 3)), (2, 3, 20)),
 }
 
@@ -58,7 +63,7 @@ def used(graph, inputs, node):
     found = []
     watch(graph, [inputs], [node], lambda _, value: found.append(value))
     value = found[0]
-    axis = -1 if "linear" in node.name else 1
+    axis = -1 if "linear" in node.name else value.dim() - 3 if "2d" in node.name else 1
     largest = value.abs().movedim(axis, 0).flatten(1).amax(1)
     return largest / largest.max()
 
@@ -118,6 +123,17 @@ class Tied(nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
+class Between(nn.Module):
+    """Two linear layers and what comes between them."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.between, self.second = nn.Linear(8, 8), between, nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.second(self.between(self.first(x)))
+
+
 class PadsChannels(nn.Module):
     """Channels of zeros come in between: the second layer reads more than the first returns."""
 
@@ -141,6 +157,9 @@ OTHER_AXIS = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Linear(6, 4))
         (NOT_HOMOGENEOUS, (1, 4, 6, 6)),
         (OTHER_AXIS, (1, 4, 6, 6)),
         (PadsChannels(), (1, 4, 6, 6)),
+        (Between(nn.MaxPool1d(3, 1, 1)), (2, 5, 8)),
+        (Between(nn.AvgPool2d(3, 1, 1)), (2, 5, 8)),
+        (Between(nn.ConstantPad1d((1, -1), 0.0)), (2, 5, 8)),
     ],
 )
 def test_what_is_no_pair(module, shape):

@@ -26,10 +26,14 @@ aten = torch.ops.aten
 
 HOMOGENEOUS = (
     aten.relu.default, aten.relu_.default, aten.leaky_relu.default, aten.leaky_relu_.default,
-    aten.max_pool2d.default, aten.max_pool1d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default,
     aten.dropout.default,
 )  # fmt: skip
-"""Operators with ``f(a x) = a f(x)`` for ``a > 0``, channel by channel."""
+"""Operators with ``f(a x) = a f(x)`` for ``a > 0``, value by value."""
+POOLS: dict[Any, int] = {
+    aten.max_pool1d.default: 1, aten.max_pool2d.default: 2, aten.avg_pool2d.default: 2,
+    aten.adaptive_avg_pool2d.default: 2,
+}  # fmt: skip
+"""Pooling is such too, of the values along so many of the last axes."""
 STRENGTH = 0.75
 """Exponent of the factor. 1 fills the range with every channel, and leaves data that was not seen no room; of 0.5 to 1
 it lost the least on super-resolution (waifu2x) with held-out data."""
@@ -72,14 +76,19 @@ def find_pairs(model: GraphModule) -> list[Pair]:
 
 
 def _next_layer(layer: Node) -> Node | None:
-    reader = sole_reader(layer)
-    while reader is not None and (reader.target in HOMOGENEOUS or pads_with_zero(reader)):
+    reader, axis, dimensions = sole_reader(layer), channel_axis(layer), layer.meta["val"].dim()
+    while reader is not None and _is_channel_wise(reader, dimensions - axis % dimensions):
         reader = sole_reader(reader)
-    if reader is None or reader.target not in LAYERS or channel_axis(reader) != channel_axis(layer):
-        return None
-    read, axis = argument(reader, "input").meta["val"], channel_axis(layer)
-    made = layer.meta["val"]
-    return reader if read.dim() == made.dim() and read.shape[axis] == made.shape[axis] else None
+    return reader if reader is not None and reader.target in LAYERS and channel_axis(reader) == axis else None
+
+
+def _is_channel_wise(node: Node, from_end: int) -> bool:
+    """True for an operator with ``f(a x) = a f(x)`` for ``a > 0``, channel by channel of that axis from the end."""
+    if node.target in HOMOGENEOUS:
+        return True
+    if node.target in POOLS:
+        return from_end > POOLS[node.target]
+    return pads_with_zero(node) and not any(argument(node, "pad")[2 * from_end - 2 : 2 * from_end])
 
 
 def _owns_tensors(layer: Node, times_read: Counter[str]) -> bool:
