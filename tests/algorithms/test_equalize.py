@@ -6,6 +6,8 @@ from torch import nn
 
 from zeropoint.algorithms.equalize import FEW_VALUES, SMALLEST_FACTOR, STRENGTH, equalize, factors, find_pairs
 from zeropoint.algorithms.watch import watch
+from zeropoint.graph.attributes import tensors_of
+from zeropoint.graph.bind import argument
 
 
 def uneven(layer: nn.Module, axis: int = 0) -> nn.Module:
@@ -170,6 +172,11 @@ def test_what_is_no_pair(module, shape):
 def test_tied_weights_stay_tied():
     inputs = (torch.randn(2, 4),)
     graph = torch.export.export(Tied().eval(), inputs).module()
-    expected = graph(*inputs)
+    expected, before = graph(*inputs), tensors_of(graph)["first.weight"].detach().clone()
     equalize(graph, [inputs])
+    tensors = tensors_of(graph)
+    assert tensors["first.weight"] is tensors["second.weight"]
+    assert torch.equal(tensors["first.weight"], before)
+    weights = [argument(node, "weight") for node in graph.graph.nodes if node.target is torch.ops.aten.linear.default]
+    assert [tensors[weight.target] is tensors["first.weight"] for weight in weights] == [True, True]
     torch.testing.assert_close(graph(*inputs), expected)

@@ -1,7 +1,7 @@
 """The operators that the XNNPACK delegate of ExecuTorch 1.4 computes in int8, and under which conditions.
 
 Source of each row and condition: ``executorch/backends/xnnpack/partition/config/{gemm,generic_node}_configs.py``, and
-running the row's example and counter-examples (tests/backends/test_xnnpack_rows.py).
+running the row's examples and counter-examples (tests/backends: test_xnnpack_rows.py, test_xnnpack_refusals.py).
 """
 
 from __future__ import annotations
