@@ -30,6 +30,17 @@ def test_several_results_and_keywords():
     assert [v.shape for v in pair.meta["val"]] == [(2,), (2,)]
 
 
+def test_what_is_free_stays_free():
+    """Padding outside of an export's context asks for the sizes as numbers, and makes them such."""
+    free = {2: torch.export.Dim.DYNAMIC}
+    model = torch.export.export(torch.nn.ReLU(), (torch.randn(1, 2, 5),), dynamic_shapes=(free,)).module()
+    relu = models.find(model, "relu")
+    padded = Emitter(relu, "p").call(aten.constant_pad_nd.default, relu.args[0], [1, 2])
+    assert isinstance(padded.meta["val"].shape[2], torch.SymInt)
+    assert padded.meta["val"].shape[2] == relu.meta["val"].shape[2] + 3
+    assert isinstance(relu.meta["val"].shape[2], torch.SymInt)
+
+
 def test_inherit_keeps_what_a_node_has():
     model = models.exported(models.net)
     conv, linear = models.find(model, "conv2d"), models.find(model, "linear")

@@ -8,16 +8,19 @@
 | detect_fake_mode | torch._guards | 2.1 to 2.13 |
 | Graph._codegen.pytree_info | torch.fx.graph | 1.13 to 2.13 |
 | tree_flatten_spec | torch.fx._pytree | 1.13 to 2.13 |
+| enable_python_dispatcher | torch._dispatch.python | 2.0 to 2.13 |
 | no_dispatch | torch.utils._mode_utils | 2.0 to 2.13 |
 | SymNode.hint, ShapeEnv.bound_sympy | torch.SymInt.node | 2.1 to 2.13 |
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -61,6 +64,16 @@ def fake_mode_of(graph: Graph) -> FakeTensorMode | None:
         if isinstance(node.meta.get("val"), FakeTensor):
             return detect_fake_mode([node.meta["val"]])
     return None
+
+
+@contextmanager
+def as_in_export(mode: FakeTensorMode | None) -> Generator[None]:
+    """Computes on the fake tensors of a mode as export does: outside of it, a padding fixes the sizes that are free."""
+    if mode is None:
+        yield
+        return
+    with mode, enable_python_dispatcher():
+        yield
 
 
 def fake_like(value: torch.Tensor, shape: Sequence[int] | torch.Size | None = None, dtype: Any = None) -> torch.Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from zeropoint.graph.attributes import owner_and_name
-from zeropoint.graph.compat import created_from, fake_like, fake_mode_of
+from zeropoint.graph.compat import as_in_export, created_from, fake_like, fake_mode_of
 
 INHERITED = (
     "debug_handle",
@@ -76,7 +75,7 @@ class Emitter:
         values, keywords = map_arg((args, kwargs), lambda n: n.meta["val"])
         key = (target, _signature((values, keywords)))
         if key not in self._known:
-            with self._mode or contextlib.nullcontext(), torch.no_grad():
+            with as_in_export(self._mode), torch.no_grad():
                 self._known[key] = target(*values, **keywords)
         node.meta["val"] = self._known[key]
         inherit(node, self._anchor, self._pass_name)
@@ -109,7 +108,7 @@ def complete_values(model: GraphModule) -> None:
             node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode else tensor
         elif node.op == "call_function":
             values, keywords = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            with mode or contextlib.nullcontext():
+            with as_in_export(mode):
                 node.meta["val"] = node.target(*values, **keywords)
 
 
