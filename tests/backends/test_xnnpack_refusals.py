@@ -216,6 +216,10 @@ REFUSED_WITH_FREE_SIZES = (
         )
     ),
     Refused(
+        c.pads_space_with_zero, "pad", "its amounts are computed from a free size; a convolution takes numbers along",
+        lambda m, x: m(F.pad(x, (0, 0, 0, -x.shape[2] % 8))), (PICTURE,), (nn.Conv2d(4, 6, 3),),
+    ),
+    Refused(
         c.slice_has_a_kernel, "narrow", "its input has a free size; the kernel slices known sizes only",
         lambda x: torch.ops.aten.narrow(x * x, 1, 1, 2), (PICTURE,),
     ),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.export import Dim
 
-from zeropoint.graph.sizes import are_equal, axis_before_view, have_equal_sizes
+from zeropoint.graph.sizes import are_equal, axis_before_view, have_equal_sizes, is_never_negative
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,7 @@ def test_free_sizes():
     assert have_equal_sizes(x[:2], (x[0], 4))
     assert not have_equal_sizes(x[:2], y)
     assert axis_before_view(x, flat, 1) == 2
+    assert is_never_negative(x[0] - 1)
+    assert not is_never_negative(x[0] - 5)
+    assert not is_never_negative(-x[0])
+    assert is_never_negative(0)

@@ -14,6 +14,11 @@ def are_equal(first: Any, second: Any) -> bool:
     return statically_known_true(first == second)
 
 
+def is_never_negative(size: Any) -> bool:
+    """True when a size, or a number computed from sizes, is 0 or more whatever the free ones turn out to be."""
+    return statically_known_true(size >= 0)
+
+
 def have_equal_sizes(first: Sequence[Any], second: Sequence[Any]) -> bool:
     """True when two shapes are equal whatever the free sizes turn out to be."""
     return len(first) == len(second) and all(are_equal(a, b) for a, b in zip(first, second, strict=True))

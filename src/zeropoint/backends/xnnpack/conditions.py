@@ -265,6 +265,13 @@ def average_in_float(node: Node) -> str:
     return IN_FLOAT
 
 
+def padding_in_float(node: Node) -> str:
+    """A quantized convolution takes padding along, of amounts that are numbers (G:420)."""
+    if all(isinstance(amount, int) for amount in argument(node, "pad")):
+        return "it is computed in int8 only as zero padding right before a convolution that alone reads it"
+    return f"its amounts are computed from a free size; a convolution takes numbers along. {PORTABLE}"
+
+
 def known_sizes_in_float(node: Node) -> str:
     """The delegate computes it where all sizes are known: a view with several free ones, or a resize, is outside."""
     shape = node.meta["val"].shape

@@ -5,6 +5,7 @@ What is done to the graph before cannot see inside of operators such as ``softpl
 
 from __future__ import annotations
 
+from operator import floordiv, mod, mul, sub
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from zeropoint.backends.xnnpack.sound import WEIGHT_DQ
 from zeropoint.core.extras import import_extra
+from zeropoint.graph.sizes import is_never_negative
 from zeropoint.numerics import ops
 
 aten = torch.ops.aten
@@ -26,6 +28,7 @@ def repair(model: GraphModule) -> None:
     give_each_inner_padding_its_quantize(model)
     give_each_reader_its_dequantize(model)
     keep_the_last_dimension_last(model)
+    give_remainders_the_sign_of_python(model)
     model.recompile()
 
 
@@ -97,6 +100,31 @@ def keep_the_last_dimension_last(model: GraphModule) -> None:
         viewed.meta = dict(source.meta)
         for reader in readers:
             reader.replace_input_with(source, viewed)
+
+
+def give_remainders_the_sign_of_python(model: GraphModule) -> None:
+    """Spells ``a % b`` of sizes, where ``a`` may be negative, as ``a - a // b * b``: padding to a multiple has such.
+
+    The runtime takes the remainder of C, ``-28 % 16 = -12`` where it is 4 (``executorch_prim::mod.Scalar``); its
+    ``floordiv`` is that of Python.
+    """
+    for node in _calls(model, mod):
+        a, b = node.args
+        if all(is_never_negative(_value(each)) for each in (a, b)):
+            continue
+        with model.graph.inserting_before(node):
+            quotient = model.graph.call_function(floordiv, (a, b))
+            quotient.meta["val"] = _value(a) // _value(b)
+            product = model.graph.call_function(mul, (quotient, b))
+            product.meta["val"] = quotient.meta["val"] * _value(b)
+            remainder = model.graph.call_function(sub, (a, product))
+        remainder.meta = dict(node.meta)
+        node.replace_all_uses_with(remainder)
+        model.graph.erase_node(node)
+
+
+def _value(argument: Any) -> Any:
+    return argument.meta["val"] if isinstance(argument, Node) else argument
 
 
 def _quantizes(choose_qparams: Node) -> list[Node]:

@@ -78,7 +78,7 @@ FLOAT_ONLY = (
     ((aten.pow.Tensor_Scalar,), c.power_in_float),
     ((aten.avg_pool2d.default,), c.average_in_float),
     ((aten.matmul.default, aten.bmm.default, aten.mm.default, aten.addmm.default), c.product_in_float),
-    (PADS, "it is computed in int8 only as zero padding right before a convolution that alone reads it"),
+    (PADS, c.padding_in_float),
     ((aten.lstm.input, aten.gru.input), c.TAKEN_APART),
     (CONV3D, "the XNNPACK delegate has no three-dimensional convolution"),
     (

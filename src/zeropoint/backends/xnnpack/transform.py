@@ -113,10 +113,11 @@ def _mean_keeps_dims(place: _Place) -> None:
     shape = source.meta["val"].shape
     if place.argument("keepdim") or place.argument("dtype") is not None or dims is None:
         return
-    if len(shape) != 4 or {d % 4 for d in dims} != {2, 3}:
+    sizes = _sizes(shape[:2])
+    if len(shape) != 4 or {d % 4 for d in dims} != {2, 3} or sizes.count(-1) > 1:
         return
     pooled = place.emit.call(aten.mean.dim, source, [2, 3], True)
-    place.replace(place.emit.call(aten.view.default, pooled, [*_sizes(shape[:2])]))
+    place.replace(place.emit.call(aten.view.default, pooled, sizes))
 
 
 def _squeeze_to_view(place: _Place) -> None:
@@ -171,9 +172,10 @@ def _each(values: list[int], axes: int) -> list[int]:
 
 
 def _padded(place: _Place, source: Node, amounts: list[int]) -> Node:
-    """Returns the source padded with zeros; in one step with a padding before it that nothing else reads."""
-    if pads_with_zero(source) and len(source.users) == 1 and len(argument(source, "pad")) == len(amounts):
-        amounts = [a + b for a, b in zip(amounts, argument(source, "pad"), strict=True)]
+    """Returns the source padded with zeros; in one step with a padding before it that nothing else reads or cuts."""
+    before = argument(source, "pad") if pads_with_zero(source) and len(source.users) == 1 else []
+    if len(before) == len(amounts) and all(isinstance(amount, int) and amount >= 0 for amount in before):
+        amounts = [a + b for a, b in zip(amounts, before, strict=True)]
         source = source.all_input_nodes[0]
     return place.emit.call(aten.constant_pad_nd.default, source, amounts)
 
@@ -203,15 +205,16 @@ def _average(place: _Place) -> None:
 def _cut(place: _Place) -> None:
     """Padding by less than nothing cuts: no kernel does, and a slice is what it is."""
     amounts, source, mode = place.argument("pad"), place.argument("self"), place.argument("mode")
-    sizes = source.meta["val"].shape
-    cuts = [len(sizes) - 1 - i // 2 for i, amount in enumerate(amounts) if amount < 0]
-    if not cuts or mode not in (None, "constant") or not all(isinstance(sizes[axis], int) for axis in cuts):
+    if not all(isinstance(amount, int) for amount in amounts):  # It depends on a free size.
         return
-    for i, (before, after) in enumerate(zip(amounts[::2], amounts[1::2], strict=True)):
-        axis = len(sizes) - 1 - i
-        if axis in cuts:
-            ends = max(0, -before), sizes[axis] - max(0, -after)
-            source = place.emit.call(aten.slice.Tensor, source, axis, *ends)
+    if mode not in (None, "constant") or min(amounts, default=0) >= 0:
+        return
+    axis = place.node.meta["val"].dim()
+    for before, after in zip(amounts[::2], amounts[1::2], strict=True):
+        axis -= 1
+        if min(before, after) < 0:
+            end = after if after < 0 else None
+            source = place.emit.call(aten.slice.Tensor, source, axis, max(0, -before), end)
     grown = [max(0, amount) for amount in amounts]
     if any(grown):
         source = place.emit.call(aten.constant_pad_nd.default, source, grown, place.argument("value") or 0.0)
