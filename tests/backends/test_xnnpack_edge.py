@@ -87,7 +87,7 @@ def test_repaired(name: str):
 @pytest.mark.parametrize("name", ["softplus", "rms_norm", "unfold", "softmax"])
 def test_goes_wrong_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch):
     """Remove a repair when its case fails here."""
-    monkeypatch.setattr(lower_module.edge, "repair", lambda model: None)
+    monkeypatch.setattr(lower_module.edge, "repair_program", lambda model: None)
     try:
         found = agreement(REPAIRED[name](), torch.randn(PICTURE))
     except RuntimeFailure:

@@ -109,7 +109,7 @@ def test_a_right_file_costs_no_copy_of_the_model(monkeypatch: pytest.MonkeyPatch
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lowers whatever the graph says, as it is."""
     monkeypatch.setattr(lower_module, "check_sound", lambda model, rules=None: None)
-    monkeypatch.setattr(lower_module.edge, "repair", lambda model: None)
+    monkeypatch.setattr(lower_module.edge, "repair_program", lambda model: None)
 
 
 def refused(function: Callable[..., Any], *layers: nn.Module) -> VerificationError:

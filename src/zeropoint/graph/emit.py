@@ -9,6 +9,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 
 from zeropoint.graph.attributes import owner_and_name
 from zeropoint.graph.compat import as_in_export, created_from, fake_like, fake_mode_of
+from zeropoint.graph.graph_pass import bodies
 
 INHERITED = (
     "debug_handle",
@@ -99,7 +100,9 @@ def _signature(value: Any) -> object:
 
 @torch.no_grad()
 def complete_values(model: GraphModule) -> None:
-    """Computes the ``val`` of tensors and calls that have none, as other packages leave theirs."""
+    """Computes the ``val`` of tensors and calls that have none, as other packages leave theirs; in bodies too."""
+    for _, body in bodies(model):
+        complete_values(body)
     mode = fake_mode_of(model.graph)
     for node in model.graph.nodes:
         if "val" in node.meta:

@@ -88,6 +88,13 @@ def graph_pass(
     return run
 
 
+def recompile(model: GraphModule) -> None:
+    """Brings the code of a graph module and of the bodies of its control flow up to date: at the end of a pipeline."""
+    for _, body in bodies(model):
+        recompile(body)
+    model.recompile()
+
+
 def remove_dead_code(graph: Graph) -> None:
     """Erases the nodes that nothing reads and that have no side effect, as ``Graph.eliminate_dead_code`` does.
 

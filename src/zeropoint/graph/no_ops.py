@@ -6,6 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from zeropoint.graph.bind import argument
+from zeropoint.graph.graph_pass import graph_pass
 from zeropoint.graph.memory import Memory
 from zeropoint.graph.sizes import have_equal_sizes
 from zeropoint.graph.views import reads_strides, views_to_reshapes
@@ -27,6 +28,7 @@ CONVERSIONS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as
 ALIASES = (aten.detach.default, aten.alias.default)
 
 
+@graph_pass
 def erase_no_ops(model: GraphModule) -> list[Node]:
     """Removes the operators that do nothing, and returns them: each would break a pattern.
 

@@ -13,7 +13,8 @@ from zeropoint.graph.graph_pass import bodies
 def annotate(model: GraphModule, quantizer: Quantizer) -> GraphModule:
     """Returns the model as the quantizer transformed and annotated it; ``validate`` sees the whole of it."""
     _check_quantizer(quantizer)
-    model = _annotate(model, quantizer)
+    model = _transform(model, quantizer)
+    _annotate(model, quantizer)
     quantizer.validate(model)
     forget_erased(model)
     return model
@@ -28,12 +29,18 @@ def _check_quantizer(quantizer: object) -> None:
         raise SpecError(what, where="prepare_pt2e", remedy="Give e.g. XNNPACKQuantizer().set_global(config).")
 
 
-def _annotate(model: GraphModule, quantizer: Quantizer) -> GraphModule:
+def _transform(model: GraphModule, quantizer: Quantizer) -> GraphModule:
+    """Returns the model transformed, bodies first; all of it before annotations, which nodes that are replaced lose."""
     for path, body in list(bodies(model)):
-        setattr(model, path, _annotate(body, quantizer))
+        setattr(model, path, _transform(body, quantizer))
     transformed = quantizer.transform_for_annotation(model)
     if not isinstance(transformed, GraphModule):
         what = f"transform_for_annotation returned {type(transformed).__name__}, not the model"
         raise AnnotationError(what, where=type(quantizer).__name__)
-    quantizer.annotate(transformed)
     return transformed
+
+
+def _annotate(model: GraphModule, quantizer: Quantizer) -> None:
+    for _, body in bodies(model):
+        _annotate(body, quantizer)
+    quantizer.annotate(model)

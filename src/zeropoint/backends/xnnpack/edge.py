@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from zeropoint.backends.xnnpack.sound import WEIGHT_DQ
 from zeropoint.core.extras import import_extra
+from zeropoint.graph.graph_pass import graph_pass
 from zeropoint.graph.sizes import is_never_negative
 from zeropoint.numerics import ops
 
@@ -22,7 +23,8 @@ SAME_AS_INPUT = (aten.view_copy.default, aten.unsqueeze_copy.default, aten.squee
 """What ExecuTorch keeps in the order of the exported program (``_passes/channels_last_tagged_reshape_pass.py``)."""
 
 
-def repair(model: GraphModule) -> None:
+@graph_pass
+def repair_program(model: GraphModule) -> None:
     """Makes the program one whose pieces the delegate computes rightly; a pass for ``transform_passes``."""
     drop_empty_padding(model)
     give_each_inner_padding_its_quantize(model)

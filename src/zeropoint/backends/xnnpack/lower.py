@@ -23,6 +23,7 @@ from zeropoint.core.extras import import_extra
 from zeropoint.graph.capture import capture, require_exported
 from zeropoint.graph.compat import is_tensor_value, largest_size
 from zeropoint.graph.emit import complete_values
+from zeropoint.graph.graph_pass import recompile
 from zeropoint.graph.inputs import free_axes, free_sizes, inputs_for, with_free_sizes
 from zeropoint.graph.no_ops import erase_no_ops
 
@@ -107,7 +108,7 @@ def _check_converted(model: GraphModule) -> None:
 def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> LoweredProgram:
     import_extra("executorch.kernels.quantized", "executorch")
     give_each_batch_norm_its_weight(model)
-    model.recompile()
+    recompile(model)
     exported = _exported(model, example_inputs, dynamic_shapes)
     check_sound(exported.graph_module, SIZE_RULES)
     try:
@@ -152,7 +153,7 @@ def _delegated(exported: ExportedProgram, **settings: Any) -> LoweredProgram:
     program = exir.to_edge_transform_and_lower(
         exported,
         partitioner=[partition.XnnpackPartitioner(**settings)],
-        transform_passes=configs.get_transform_passes([edge.repair]),
+        transform_passes=configs.get_transform_passes([edge.repair_program]),
     )
     _keep_beginnings(program.exported_program())
     delegates, outside = _whereabouts(program.exported_program())

@@ -14,6 +14,7 @@ from zeropoint.graph.batch_norms import BATCH_NORMS
 from zeropoint.graph.bind import argument, reads, replace_read, set_argument
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.emit import Emitter
+from zeropoint.graph.graph_pass import graph_pass
 from zeropoint.graph.layers import LAYERS, pads_with_zero
 from zeropoint.numerics import ops
 
@@ -26,6 +27,7 @@ WEIGHT_ONLY = (ops.DEQUANTIZE_PER_TENSOR, ops.DEQUANTIZE_PER_CHANNEL)
 ONE_DIMENSION = (aten.conv1d.default, aten.conv1d.padding, aten.conv_transpose1d.default)
 
 
+@graph_pass
 def repair(model: GraphModule) -> None:
     """Gives each operator quantizers and parameters such as the delegate wants them; what is computed stays."""
     give_each_padding_its_quantize(model)
@@ -134,6 +136,7 @@ def _quantized_again(emit: Emitter, source: Node, qparams: tuple[Any, ...], out_
     return emit.call(ops.DEQUANTIZE_PER_TENSOR, quantized, *qparams, **out_dtype)
 
 
+@graph_pass
 def give_each_batch_norm_its_weight(model: GraphModule) -> None:
     """Copies the weight of a batch norm to a path that is a plain name.
 

@@ -16,7 +16,7 @@ from zeropoint.graph.attributes import Names, get_attribute
 from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.emit import Emitter, inherit
-from zeropoint.graph.graph_pass import remove_dead_code
+from zeropoint.graph.graph_pass import graph_pass
 from zeropoint.graph.layers import LAYERS, as_linear, pads_with_zero
 from zeropoint.graph.schema import schema_of
 from zeropoint.graph.source import WRITTEN_KEY
@@ -26,6 +26,7 @@ PASS = "xnnpack.transform"
 LARGEST = torch.finfo(torch.float32).max
 
 
+@graph_pass
 def spell(model: GraphModule, spellings: Spellings) -> None:
     """Rewrites each float32 operator by the table: ``TO_ANNOTATE``, or ``TO_LOWER`` once q and dq are in place."""
     constants = constant_nodes(model)
@@ -34,7 +35,6 @@ def spell(model: GraphModule, spellings: Spellings) -> None:
         rewrite = spellings.get(node.target) if node.op == "call_function" and _is_float(node) else None
         if rewrite is not None:
             rewrite(_Place(model, node, constants, names))
-    remove_dead_code(model.graph)
 
 
 def _is_float(node: Node) -> bool:
