@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from zeropoint.core.arguments import require_integer
@@ -76,6 +76,30 @@ def _checked_size(name: str, value: Any, where: str) -> int:
     return size
 
 
+KINDS = (PerTensor, PerAxis, PerGroup, PerRow, PerToken, PerBlock)
+
+
+def granularity_of(value: Any, where: str = "") -> Granularity:
+    """Returns a granularity of any package, known by the name of its class, as one of ours.
+
+    Raises:
+        SpecError: it is none.
+    """
+    if isinstance(value, Granularity):
+        return value
+    kind = {kind.__name__: kind for kind in KINDS}.get(type(value).__name__)
+    names = [] if kind is None else [field.name for field in fields(kind)]
+    if kind is None or not all(hasattr(value, name) for name in names):
+        remedy = "Give e.g. PerTensor(), PerAxis(0), PerGroup(32) or PerToken()."
+        raise SpecError(f"granularity={value!r} is no granularity", where=where, remedy=remedy)
+    return kind(*(getattr(value, name) for name in names))
+
+
+def get_block_size(input_shape: Sequence[int], granularity: Any) -> tuple[int, ...]:
+    """Returns ``block_size``, under the name and with the order of arguments that the field knows."""
+    return block_size(granularity_of(granularity), input_shape)
+
+
 def block_size(granularity: Granularity, shape: Sequence[int]) -> tuple[int, ...]:
     """Returns the size along each axis of the blocks that share one scale, in a tensor of this shape.
 
@@ -129,6 +153,29 @@ def qparams_shape(granularity: Granularity, shape: Sequence[int]) -> tuple[int, 
             return (shape[checked_axis(axis, shape)],)
         case _:
             return block_counts(granularity, shape)
+
+
+def reduction(blocks: Sequence[int], shape: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Returns the shape in which each block of a tensor has axes of its own, and those axes.
+
+    An axis that is cut into blocks becomes two, their number and their size. Reducing the axes returned leaves one
+    value for each block.
+
+    Raises:
+        SpecError: the blocks do not cut such a tensor.
+    """
+    view: list[int] = []
+    inside: list[int] = []
+    if len(blocks) != len(shape) or any(size % block for size, block in zip(shape, blocks, strict=True)):
+        remedy = "Give one size for each axis, which divides it."
+        raise SpecError(f"blocks of {tuple(blocks)} do not cut a tensor of shape {tuple(shape)}", remedy=remedy)
+    for size, block in zip(shape, blocks, strict=True):
+        if block not in (1, size):
+            view.append(size // block)
+        if block != 1:
+            inside.append(len(view))
+        view.append(size if block == 1 else block)
+    return view, inside
 
 
 def checked_axis(axis: int, shape: Sequence[int]) -> int:

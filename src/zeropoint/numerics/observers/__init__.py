@@ -1,5 +1,10 @@
 """Observers: they look at tensors and choose the scale and zero point to quantize them with."""
 
+from zeropoint.numerics.observers.affine import AffineQuantizedObserverBase, AffineQuantizedPlaceholderObserver
+from zeropoint.numerics.observers.affine_minmax import (
+    AffineQuantizedMinMaxObserver,
+    AffineQuantizedMovingAverageMinMaxObserver,
+)
 from zeropoint.numerics.observers.base import ObserverBase, PartialWrapper, UniformQuantizationObserverBase
 from zeropoint.numerics.observers.fixed import FixedQParamsObserver
 from zeropoint.numerics.observers.histogram import HistogramObserver
@@ -21,6 +26,10 @@ from zeropoint.numerics.observers.placeholder import (
 )
 
 __all__ = [
+    "AffineQuantizedMinMaxObserver",
+    "AffineQuantizedMovingAverageMinMaxObserver",
+    "AffineQuantizedObserverBase",
+    "AffineQuantizedPlaceholderObserver",
     "FixedQParamsObserver",
     "HistogramObserver",
     "MSEObserver",

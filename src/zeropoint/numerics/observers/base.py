@@ -155,6 +155,11 @@ class ObserverBase(WithArgs, torch.nn.Module):
         self.batches = 0
         self._observed = None
 
+    def no_data(self) -> CalibrationError:
+        """Returns the error of an observer that is asked before any tensor reached it."""
+        remedy = "Run the prepared model on calibration data that reaches this tensor before converting."
+        return CalibrationError(f"no data reached this {type(self).__name__}", where=self.site, remedy=remedy)
+
     def require_finite(self, low: float, high: float) -> None:
         """Checks the smallest and largest value of a tensor, which are NaN where any of its values is.
 
@@ -283,9 +288,7 @@ class UniformQuantizationObserverBase(ObserverBase):
             return
         if bool(min_val.isnan().any() or max_val.isnan().any()):
             raise NonFiniteError(f"NaN in the first {self.batches} batches", where=self.where)
-        what = f"no data reached this {type(self).__name__}"
-        remedy = "Run the prepared model on calibration data that reaches this tensor before converting."
-        raise CalibrationError(what, where=self.site, remedy=remedy)
+        raise self.no_data()
 
     def _require_shape(self, known: torch.Tensor, found: torch.Tensor) -> None:
         if known.shape == found.shape:
