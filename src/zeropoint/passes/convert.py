@@ -11,15 +11,17 @@ from torch.fx import GraphModule, Node
 from zeropoint.annotate.annotation import Q_ANNOTATION_KEY, is_valid_annotation
 from zeropoint.core.dtypes import FLOAT8_DTYPES, INTEGER_DTYPES, check_dtype, plain_dtype
 from zeropoint.graph.attributes import Names, get_attribute
-from zeropoint.graph.compat import OpOverload, created_from
+from zeropoint.graph.compat import created_from
 from zeropoint.graph.constants import FLOAT_PATH_KEY, constant_nodes, evaluate
 from zeropoint.graph.emit import Fakes, complete_values, inherit
 from zeropoint.graph.graph_pass import bodies, graph_pass
 from zeropoint.graph.source import describe
-from zeropoint.numerics import ops
+from zeropoint.numerics.affine_fake_quantize import AffineFakeQuantize
+from zeropoint.numerics.observers import AffineQuantizedObserverBase
 from zeropoint.numerics.scratch import LateWrites
-from zeropoint.passes.qparams_of import QParams, observe_constant, observer_of, qparams_of
-from zeropoint.passes.run_time import PASS, check_run_time, out_dtype, quantize_at_run_time, to_half_and_back
+from zeropoint.passes.blocks import affine_of, check_layout
+from zeropoint.passes.qparams_of import QParams, affine_saw_nothing, observe_constant, observer_of, qparams_of
+from zeropoint.passes.run_time import PASS, check_run_time, quantize_at_run_time, to_half_and_back, value_dtype
 
 Known = Callable[[GraphModule], dict[int, QParams]]
 
@@ -61,8 +63,8 @@ class _Converter:
         """What is not written yet: the integers of parameters, by node and id of the observer."""
 
     def run(self, known: Known) -> None:
-        calls = [(n, observer_of(self.model, n)) for n in self.model.graph.nodes]
-        calls = [(node, observer) for node, observer in calls if observer is not None]
+        calls = self._calls()
+        own = [(node, observer) for node, observer in calls if _converts_itself(observer)]
         others = [(node, observer) for node, observer in calls if not _converts_itself(observer)]
         for node, observer in others:
             check_dtype(observer.dtype, describe(_observed(node)))
@@ -71,12 +73,19 @@ class _Converter:
         self.qparams |= known(self.model)
         for node, observer in others:  # What cannot be converted is found before the graph is changed.
             self._ask(node, observer)
-        self._let_convert(calls)
+        if own:
+            self._let_convert(own)
+            others = self._calls()
         for node, observer in others:
             self._convert(node, observer)
             self.model.graph.erase_node(node)
         for path in [name for name, module in self.model._modules.items() if hasattr(module, "calculate_qparams")]:
             delattr(self.model, path)
+
+    def _calls(self) -> list[tuple[Node, Any]]:
+        """Returns the nodes that call an observer, with that."""
+        calls = [(node, observer_of(self.model, node)) for node in self.model.graph.nodes]
+        return [(node, observer) for node, observer in calls if observer is not None]
 
     def _allocate(self, node: Node, observer: Any) -> None:
         """Makes the tensor of a parameter's integers, early, so that its memory is there when it is written to."""
@@ -87,20 +96,30 @@ class _Converter:
         if self.fold_constants(node) and value.device.type == "cpu":
             self.integers[source, id(observer)] = self.writes.empty(value.shape, plain_dtype(observer.dtype))
 
-    def _let_convert(self, calls: list[tuple[Node, Any]]) -> None:
-        """Lets the observers that have a ``convert`` of their own replace the nodes that call them."""
-        own = [(node, observer) for node, observer in calls if _converts_itself(observer)]
+    def _let_convert(self, own: list[tuple[Node, Any]]) -> None:
+        """Lets the observers that have a ``convert`` of their own replace the nodes that call them.
+
+        One that saw nothing is shown its constant. A node that calls an observer of ours afterwards, which was around
+        the one that had a ``convert``, is left to us.
+        """
         for node, observer in own:
+            source = _observed(node)
+            if source in self.constants and affine_saw_nothing(observer):
+                observer(evaluate(self.model, source))
             observer.convert(self.model, node)
-        if own:
-            complete_values(self.model)
+        for node, observer in self._calls():
+            self._ask(node, observer)
+        complete_values(self.model)
 
     def _ask(self, node: Node, observer: Any) -> None:
+        source = _observed(node)
+        if (affine := affine_of(observer)) is not None:
+            check_layout(affine, source, describe(source), is_constant=source in self.constants)
         match _kind(observer):
             case "static":
-                self._qparams(_observed(node), observer)
+                self._qparams(source, observer)
             case "run time":
-                check_run_time(_observed(node), observer)
+                check_run_time(source, observer)
             case _:
                 pass
 
@@ -129,19 +148,15 @@ class _Converter:
         if id(observer) not in self.qparams:
             if source in self.constants:
                 observe_constant(observer, lambda: evaluate(self.model, source))
-            self.qparams[id(observer)] = qparams_of(observer, source)
+            self.qparams[id(observer)] = qparams_of(observer, source, is_constant=source in self.constants)
         return self.qparams[id(observer)]
 
-    def _scale_and_zero_point(self, node: Node, qparams: QParams) -> tuple[Any, ...]:
-        """Returns the arguments after the tensor: literals per tensor, buffers per channel and per group."""
-        limits = (qparams.quant_min, qparams.quant_max, qparams.dtype)
-        if qparams.ch_axis is None and qparams.group_size is None:
-            return (qparams.scale.item(), int(qparams.zero_point.item()), *limits)
+    def _arguments(self, node: Node, qparams: QParams) -> tuple[Any, ...]:
+        """Returns the arguments after the tensor: scale and zero point are literals per tensor, buffers else."""
+        if qparams.is_per_tensor:
+            return qparams.arguments(qparams.scale.item(), int(qparams.zero_point.item()))
         scale = self._buffer(node, "_scale_", qparams.scale)
-        zero_point = self._buffer(node, "_zero_point_", qparams.zero_point)
-        if qparams.group_size is not None:
-            return (scale, zero_point, *limits, qparams.group_size)
-        return (scale, zero_point, qparams.ch_axis, *limits)
+        return qparams.arguments(scale, self._buffer(node, "_zero_point_", qparams.zero_point))
 
     def _buffer(self, node: Node, prefix: str, value: torch.Tensor) -> Node:
         key = (id(value), prefix)
@@ -156,9 +171,9 @@ class _Converter:
         return read
 
     def _quantize(self, node: Node, source: Node, qparams: QParams) -> Node:
-        target, _ = _operators(qparams)
+        target, _ = qparams.operators()
         with node.graph.inserting_before(node):
-            arguments = self._scale_and_zero_point(node, qparams)
+            arguments = self._arguments(node, qparams)
             quantized = node.graph.call_function(target, (source, *arguments))
         self._set_value(quantized, source, qparams.dtype)
         inherit(quantized, source, PASS)
@@ -190,16 +205,15 @@ class _Converter:
         return integers
 
     def _dequantize_for_readers(self, node: Node, source: Node, quantized: Node, qparams: QParams) -> None:
-        _, target = _operators(qparams)
+        _, target = qparams.operators()
+        last, named = qparams.result(value_dtype(source))
         others: Node | None = None
         for reader in list(node.users):
             annotated = is_valid_annotation(reader.meta.get(Q_ANNOTATION_KEY))
             dequantized = None if annotated else others
             if dequantized is None:
                 with node.graph.inserting_before(node):
-                    arguments, named = self._scale_and_zero_point(node, qparams), out_dtype(source)
-                    if qparams.group_size is not None:  # This operator has no default for the dtype of its result.
-                        arguments, named = (*arguments, named.get("out_dtype", torch.float32)), {}
+                    arguments = (*self._arguments(node, qparams), *last)
                     dequantized = node.graph.call_function(target, (quantized, *arguments), named)
                 self._set_value(dequantized, source, None)
                 inherit(dequantized, reader if annotated else source, PASS)
@@ -211,15 +225,6 @@ class _Converter:
         value = source.meta.get("val")
         if isinstance(value, torch.Tensor):
             node.meta["val"] = value if dtype is None else self.fakes.like(value, dtype=dtype)
-
-
-def _operators(qparams: QParams) -> tuple[OpOverload, OpOverload]:
-    """Returns the operators that quantize and dequantize."""
-    if qparams.group_size is not None:
-        return ops.QUANTIZE_PER_CHANNEL_GROUP, ops.DEQUANTIZE_PER_CHANNEL_GROUP
-    if qparams.ch_axis is not None:
-        return ops.QUANTIZE_PER_CHANNEL, ops.DEQUANTIZE_PER_CHANNEL
-    return ops.QUANTIZE_PER_TENSOR, ops.DEQUANTIZE_PER_TENSOR
 
 
 def _observed(node: Node) -> Node:
@@ -259,8 +264,10 @@ def none(node: Node) -> bool:
 
 
 def _converts_itself(observer: Any) -> bool:
-    """True for an observer of another package whose ``convert(model, node)`` replaces the node that calls it."""
-    return callable(getattr(observer, "convert", None))
+    """True for an observer of another package, or of a user, whose ``convert(model, node)`` replaces its call."""
+    own = getattr(observer, "convert", None)
+    ours = (AffineQuantizedObserverBase.convert, AffineFakeQuantize.convert)
+    return callable(own) and getattr(own, "__func__", own) not in ours
 
 
 def has_observers(model: GraphModule) -> bool:

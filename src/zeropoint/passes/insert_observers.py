@@ -21,6 +21,7 @@ from zeropoint.graph.memory import Memory, shares_memory_with, written_by
 from zeropoint.graph.source import describe
 from zeropoint.numerics.fake_quantize import FakeQuantizeBase
 from zeropoint.numerics.observers.repeated import RepeatedObserver
+from zeropoint.passes.blocks import affine_of, check_layout
 from zeropoint.passes.make_observers import Observers
 from zeropoint.passes.qparams_of import group_size_of
 
@@ -37,7 +38,7 @@ def insert_observers(model: GraphModule, observers: Observers, look_again: bool 
 
     Raises:
         AnnotationError: a tensor would be quantized whose memory is written to later, so that the write would be lost.
-        SpecError: a tensor has no groups such as its observer measures.
+        SpecError: there are no operators that quantize a tensor as its observer says.
     """
     _Inserter(model, observers, look_again).run()
 
@@ -59,10 +60,8 @@ class _Inserter:
 
     def run(self) -> None:
         for site, observer in self.observers.items():
-            group_size = group_size_of(observer)
-            if group_size is not None and site.node.graph is self.model.graph:
-                source = site.node if site.is_output else source_of(site)
-                _check_groups(source, site, group_size, is_constant=source in self.constants)
+            if site.node.graph is self.model.graph:
+                self._check(site, observer)
         for node in list(self.model.graph.nodes):
             for site, source in list(reads(node)):
                 if site not in self.observers or _writes_to_buffer(site, source):
@@ -73,6 +72,19 @@ class _Inserter:
                     self._observe_read(site, source)
             if Site(node) in self.observers:
                 self._observe_output(node)
+
+    def _check(self, site: Site, observer: Any) -> None:
+        """Raises where there are no operators that quantize a tensor as its observer says."""
+        affine, group_size = affine_of(observer), group_size_of(observer)
+        if affine is None and group_size is None:
+            return
+        source = site.node if site.is_output else source_of(site)
+        place = describe(source) if site.is_output else f"{describe(source)}, read as {site}"
+        is_constant = source in self.constants
+        if affine is not None:
+            check_layout(affine, source, place, is_constant=is_constant)
+        elif group_size is not None:
+            _check_groups(source, place, group_size, is_constant=is_constant)
 
     def _observe_read(self, site: Site, source: Node) -> None:
         observer = self.observers[site]
@@ -137,9 +149,8 @@ class _Inserter:
             object.__setattr__(observer, "constant_input", only_constants)
 
 
-def _check_groups(source: Node, site: Site, group_size: int, *, is_constant: bool) -> None:
+def _check_groups(source: Node, where: str, group_size: int, *, is_constant: bool) -> None:
     """Raises where ``quantize_per_channel_group`` does not take a tensor: it cuts the rows of a matrix."""
-    where = describe(source) if site.is_output else f"{describe(source)}, read as {site}"
     if not is_constant:
         remedy = "Use an observer of the whole tensor, e.g. MinMaxObserver."
         raise SpecError("it is no constant, and only constants are quantized per group", where=where, remedy=remedy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from zeropoint.numerics import ops
 from zeropoint.numerics.blocks import quantize_in_blocks
 from zeropoint.numerics.observers import ObserverBase
 from zeropoint.numerics.qparams import FLOAT32_EPS
+from zeropoint.passes.blocks import Layout, affine_of, layout_of, torchao_ops
 
 IN_BLOCKS = (torch.int8, torch.uint8, torch.int16)
 
@@ -26,7 +27,8 @@ IN_BLOCKS = (torch.int8, torch.uint8, torch.int16)
 class QParams:
     """What a q/dq pair needs. ``scale`` float32, ``zero_point`` integer.
 
-    Shape ``(1,)``, ``(channels,)`` where there is a ``ch_axis``, or ``(rows, groups)`` where there is a ``group_size``.
+    Shape ``(1,)``, ``(channels,)`` where there is a ``ch_axis``, ``(rows, groups)`` where there is a ``group_size``, or
+    one value per block where there is a ``block_size``.
     """
 
     scale: torch.Tensor
@@ -36,19 +38,60 @@ class QParams:
     dtype: torch.dtype
     ch_axis: int | None
     group_size: int | None = None
+    block_size: tuple[int, ...] | None = None
+
+    @property
+    def is_per_tensor(self) -> bool:
+        """True for one scale."""
+        return self.ch_axis is None and self.group_size is None and self.block_size is None
+
+    def operators(self) -> tuple[Any, Any]:
+        """Returns the operators that quantize and dequantize."""
+        if self.block_size is not None:
+            return torchao_ops().quantize_affine.default, torchao_ops().dequantize_affine.default
+        if self.group_size is not None:
+            return ops.QUANTIZE_PER_CHANNEL_GROUP, ops.DEQUANTIZE_PER_CHANNEL_GROUP
+        if self.ch_axis is not None:
+            return ops.QUANTIZE_PER_CHANNEL, ops.DEQUANTIZE_PER_CHANNEL
+        return ops.QUANTIZE_PER_TENSOR, ops.DEQUANTIZE_PER_TENSOR
+
+    def arguments(self, scale: Any, zero_point: Any) -> tuple[Any, ...]:
+        """Returns what both operators take after the tensor."""
+        limits = (self.quant_min, self.quant_max, self.dtype)
+        if self.block_size is not None:
+            return (self.block_size, scale, zero_point, self.dtype, self.quant_min, self.quant_max)
+        if self.group_size is not None:
+            return (scale, zero_point, *limits, self.group_size)
+        if self.ch_axis is not None:
+            return (scale, zero_point, self.ch_axis, *limits)
+        return (scale, zero_point, *limits)
+
+    def result(self, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns what dequantize takes after ``arguments``, by place and by name, to give that type."""
+        if self.block_size is not None:
+            return (), {"output_dtype": dtype}
+        if self.group_size is not None:
+            return (dtype,), {}
+        return (), {} if dtype == torch.float32 else {"out_dtype": dtype}
 
     def quantize(self, tensor: torch.Tensor, out: torch.Tensor) -> None:
-        """Writes the integers of a tensor to ``out``, as the operator that the graph would use gives them."""
+        """Writes the integers of a tensor to ``out``, as the operator that the graph would use gives them.
+
+        The zero point of a group is added after rounding, as torchao does, where the operator adds it before: a value
+        half-way between two integers may become the other one.
+        """
+        tensor, scale, zero_point = tensor.float(), self.scale, self.zero_point
         limits = (self.quant_min, self.quant_max, self.dtype)
-        tensor = tensor.float()
-        if self.group_size is not None:
-            out.copy_(ops.QUANTIZE_PER_CHANNEL_GROUP(tensor, self.scale, self.zero_point, *limits, self.group_size))
-        elif self.dtype in IN_BLOCKS and not self.zero_point.is_floating_point():
-            quantize_in_blocks(tensor, self.scale, self.zero_point, self.ch_axis, *limits, out)
-        elif self.ch_axis is None:
-            out.copy_(ops.QUANTIZE_PER_TENSOR(tensor, self.scale.item(), int(self.zero_point.item()), *limits))
+        fast = self.dtype in IN_BLOCKS and not zero_point.is_floating_point() and self.block_size is None
+        if fast and self.group_size is not None:
+            rows, into = tensor.reshape(-1, self.group_size), out.view(-1, self.group_size)
+            quantize_in_blocks(rows, scale.flatten(), zero_point.flatten(), 0, *limits, into)
+        elif fast:
+            quantize_in_blocks(tensor, scale, zero_point, self.ch_axis, *limits, out)
+        elif self.is_per_tensor:
+            out.copy_(ops.QUANTIZE_PER_TENSOR(tensor, scale.item(), int(zero_point.item()), *limits))
         else:
-            out.copy_(ops.QUANTIZE_PER_CHANNEL(tensor, self.scale, self.zero_point, self.ch_axis, *limits))
+            out.copy_(self.operators()[0](tensor, *self.arguments(scale, zero_point)))
 
 
 def observer_of(model: GraphModule, node: Node) -> Any:
@@ -78,8 +121,14 @@ def _saw_nothing(observer: Any) -> bool:
     return isinstance(low, torch.Tensor) and (low.numel() == 0 or not bool(torch.isfinite(low).all()))
 
 
-def qparams_of(observer: Any, node: Node) -> QParams:
-    """Returns what an observer says, checked. ``node``: what an error is about.
+def affine_saw_nothing(observer: Any) -> bool:
+    """True for an affine observer of another package, or a fake quantizer's, that has no tensor to take blocks from."""
+    inner = getattr(observer, "activation_post_process", observer)
+    return hasattr(inner, "mapping_type") and getattr(inner, "block_size", None) is None
+
+
+def qparams_of(observer: Any, node: Node, *, is_constant: bool = False) -> QParams:
+    """Returns what an observer says of the tensor that a node makes, checked.
 
     Raises:
         CalibrationError: it saw no data, or its scale is not finite and positive.
@@ -92,22 +141,30 @@ def qparams_of(observer: Any, node: Node) -> QParams:
         scale, zero_point = observer.calculate_qparams()
     except CalibrationError as error:
         raise CalibrationError(error.what, where=describe(node), remedy=error.remedy) from error
-    group_size = group_size_of(observer)
-    shape = (-1,) if group_size is None else torch.as_tensor(scale).shape
+    layout = _layout(observer, node, is_constant)
+    shape = (-1,) if layout.group_size is None and layout.block_size is None else torch.as_tensor(scale).shape
     scale = torch.as_tensor(scale).detach().reshape(shape).float()
     zero_point = torch.as_tensor(zero_point).detach().reshape(shape)
     smallest, largest = scale.aminmax()
     if not 0 < smallest.item() <= largest.item() < math.inf:
         what = f"its scale is {scale.flatten().tolist()[:4]}"
         raise CalibrationError(what, where=describe(node), remedy="Look at the calibration data.")
-    low, high = limits_of(observer)
-    per_channel = observer.qscheme in PER_CHANNEL
-    if not per_channel:
+    if layout == Layout():
         scale, zero_point = scale[:1], zero_point[:1].to(torch.int64)
     elif observer.qscheme != torch.per_channel_affine_float_qparams:
         zero_point = zero_point.to(torch.int64)
-    ch_axis = observer.ch_axis if per_channel and group_size is None else None
-    return QParams(scale, zero_point, low, high, plain_dtype(observer.dtype), ch_axis, group_size)
+    limits = limits_of(observer)
+    return QParams(scale, zero_point, *limits, plain_dtype(observer.dtype), *astuple(layout))
+
+
+def _layout(observer: Any, tensor: Node, is_constant: bool) -> Layout:
+    affine = affine_of(observer)
+    if affine is not None:
+        return layout_of(affine, tensor, is_constant=is_constant)
+    if observer.qscheme not in PER_CHANNEL:
+        return Layout()
+    group_size = group_size_of(observer)
+    return Layout(ch_axis=observer.ch_axis if group_size is None else None, group_size=group_size)
 
 
 def group_size_of(observer: Any) -> int | None:
@@ -117,7 +174,9 @@ def group_size_of(observer: Any) -> int | None:
 
 def eps_of(observer: Any) -> float:
     """Returns the smallest scale of an observer or a fake quantizer's; that of float32 where it names none."""
-    eps = getattr(getattr(observer, "activation_post_process", observer), "eps", FLOAT32_EPS)
+    eps = getattr(getattr(observer, "activation_post_process", observer), "eps", None)
+    if eps is None:
+        return FLOAT32_EPS
     return eps.item() if isinstance(eps, torch.Tensor) else eps
 
 

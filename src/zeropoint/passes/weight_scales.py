@@ -17,11 +17,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from zeropoint.core.errors import CalibrationError
-from zeropoint.core.specs import SYMMETRIC
+from zeropoint.core.specs import PER_CHANNEL, SYMMETRIC
 from zeropoint.graph.bind import argument
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.constants import constant_nodes, evaluate
 from zeropoint.graph.layers import LAYERS, groups_of
+from zeropoint.numerics.granularity import PerAxis, PerTensor
+from zeropoint.passes.blocks import affine_of
 from zeropoint.passes.qparams_of import QParams, group_size_of, observe_constant, observer_of, qparams_of
 
 SMALLEST_DENOMINATOR = 256
@@ -41,19 +43,19 @@ def steady_weight_scales(model: GraphModule) -> dict[int, QParams]:
     constants = constant_nodes(model)
     found: dict[int, QParams] = {}
     for node in model.graph.nodes:
-        if node.target not in LAYERS or (observers := _observers(model, node)) is None:
+        if node.target not in LAYERS or (calls := _calls(model, node)) is None:
             continue
-        read, weight = argument(node, "weight"), observers[1]
-        source = read.args[0]
+        read, observers = calls[1], [observer_of(model, call) for call in calls]
+        source, weight = read.all_input_nodes[0], observers[1]
         if source not in constants or len(read.users) > 1 or id(weight) in found:
             continue
         if any(getattr(observer, "constant_input", False) for observer in (observers[0], observers[2])):
             continue
         observe_constant(weight, lambda s=source: evaluate(model, s))
         try:
-            for observer in observers:
+            for observer, call in zip(observers, calls, strict=True):
                 if id(observer) not in found:
-                    found[id(observer)] = qparams_of(observer, node)
+                    found[id(observer)] = qparams_of(observer, call.all_input_nodes[0])
         except CalibrationError:
             continue  # Convert raises it, with the name of the tensor.
         x, w, y = (found[id(observer)] for observer in observers)
@@ -99,16 +101,28 @@ def steady_scale(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Ten
     return (numerator / denominator * y.double() / x.double()).float()
 
 
-def _observers(model: GraphModule, node: Node) -> tuple[Any, Any, Any] | None:
-    """Returns the observers of a layer's input, weight and output; None where one of the three is not fixed int8."""
+def _calls(model: GraphModule, node: Node) -> tuple[Node, Node, Node] | None:
+    """Returns the calls of the observers of a layer's input, weight and output.
+
+    None where one of the three is not fixed int8, or the weight has other scales than one per output.
+    """
     x, weight = argument(node, "input"), argument(node, "weight")
     if x.op == "call_function" and len(x.users) == 1 and x.all_input_nodes and observer_of(model, x) is None:
         x = x.all_input_nodes[0]
     after = sole_reader(node)
     if after is not None and observer_of(model, after) is None:
         after = sole_reader(after)
-    found: list[Any] = [observer_of(model, each) if each is not None else None for each in (x, weight, after)]
+    if after is None:
+        return None
+    found: list[Any] = [observer_of(model, call) for call in (x, weight, after)]
     if any(each is None or getattr(each, "is_dynamic", False) or each.dtype != torch.int8 for each in found):
         return None
-    one_scale_per_output = found[1].qscheme in SYMMETRIC and group_size_of(found[1]) is None
-    return (found[0], found[1], found[2]) if one_scale_per_output else None
+    one_scale = found[0].qscheme not in PER_CHANNEL and found[2].qscheme not in PER_CHANNEL
+    return (x, weight, after) if one_scale and _has_one_scale_per_output(found[1]) else None
+
+
+def _has_one_scale_per_output(observer: Any) -> bool:
+    affine = affine_of(observer)
+    if affine is not None and not isinstance(affine.granularity, (PerTensor, PerAxis)):
+        return False
+    return observer.qscheme in SYMMETRIC and group_size_of(observer) is None

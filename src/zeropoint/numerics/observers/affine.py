@@ -33,7 +33,7 @@ class AffineQuantizedObserverBase(ObserverBase):
         target_dtype: integer type, of less than 8 bits too (``torch.int4``), which is then held in 8.
         granularity: which elements share a scale.
         quant_min, quant_max: range of the integers, inclusive; None: that of ``target_dtype``.
-        eps: smallest scale; None: the epsilon of the tensor's dtype, where the scale is chosen at run time too.
+        eps: smallest scale; None: the epsilon of the tensor's dtype, or of float32 for a scale chosen at run time.
         scale_dtype, zero_point_dtype: of what ``calculate_qparams`` returns; None: that of the tensor.
         preserve_zero, zero_point_domain: True and INT. There is no operator that quantizes by others.
         spec: other keywords of a quantization spec; ``dtype`` has to be that of ``target_dtype``.

@@ -11,6 +11,7 @@ from zeropoint.numerics.granularity import Granularity, PerAxis, PerRow, PerTens
 from zeropoint.numerics.mapping import MappingType, ZeroPointDomain, choose_qparams_affine_with_min_max
 from zeropoint.numerics.observers.affine import AffineQuantizedObserverBase
 from zeropoint.numerics.observers.base import in_memory_order
+from zeropoint.numerics.qparams import FLOAT32_EPS
 
 Range = tuple[torch.Tensor, torch.Tensor]
 
@@ -73,7 +74,7 @@ class _AffineRangeObserver(AffineQuantizedObserverBase):
             self.target_dtype,
             self.quant_min,
             self.quant_max,
-            self.eps,
+            FLOAT32_EPS if self.eps is None and self.is_dynamic else self.eps,
             self.scale_dtype,
             self.zero_point_dtype,
         )
