@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -53,6 +54,19 @@ def is_annotated(node: Node) -> bool:
 def is_valid_annotation(annotation: QuantizationAnnotation | None) -> bool:
     """True when the annotation quantizes something: an input map that is not empty, or an output spec."""
     return annotation is not None and (bool(annotation.input_qspec_map) or annotation.output_qspec is not None)
+
+
+def get_module_name_filter(module_name: str) -> Callable[[Node], bool]:
+    """Returns a function that is True for nodes of the module at a path, or of one inside of it.
+
+    Parameters are in no module. ``set_module_name`` of a quantizer knows more: theirs, and globs.
+    """
+
+    def module_name_filter(n: Node) -> bool:
+        stack = n.meta.get("nn_module_stack") or {}
+        return module_name in [path.removeprefix("L['self'].") for path, _ in stack.values()]
+
+    return module_name_filter
 
 
 def get_input_act_qspec(quantization_config: QuantizationConfig | None) -> QuantizationSpec | None:

@@ -231,28 +231,28 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
         self.register_buffer("observer_enabled", torch.tensor([1]))
 
 
-def enable_fake_quant(module: torch.nn.Module) -> None:
-    """Switches rounding on, if ``module`` is a fake quantizer: ``model.apply(enable_fake_quant)``."""
-    if isinstance(module, FakeQuantizeBase):
-        module.enable_fake_quant()
+def enable_fake_quant(mod: torch.nn.Module) -> None:
+    """Switches rounding on, if ``mod`` is a fake quantizer: ``model.apply(enable_fake_quant)``."""
+    if isinstance(mod, FakeQuantizeBase):
+        mod.enable_fake_quant()
 
 
-def disable_fake_quant(module: torch.nn.Module) -> None:
-    """Switches rounding off, if ``module`` is a fake quantizer."""
-    if isinstance(module, FakeQuantizeBase):
-        module.disable_fake_quant()
+def disable_fake_quant(mod: torch.nn.Module) -> None:
+    """Switches rounding off, if ``mod`` is a fake quantizer."""
+    if isinstance(mod, FakeQuantizeBase):
+        mod.disable_fake_quant()
 
 
-def enable_observer(module: torch.nn.Module) -> None:
-    """Switches observing on, if ``module`` is a fake quantizer."""
-    if isinstance(module, FakeQuantizeBase):
-        module.enable_observer()
+def enable_observer(mod: torch.nn.Module) -> None:
+    """Switches observing on, if ``mod`` is a fake quantizer."""
+    if isinstance(mod, FakeQuantizeBase):
+        mod.enable_observer()
 
 
-def disable_observer(module: torch.nn.Module) -> None:
-    """Switches observing off, if ``module`` is a fake quantizer: scales stay as they are."""
-    if isinstance(module, FakeQuantizeBase):
-        module.disable_observer()
+def disable_observer(mod: torch.nn.Module) -> None:
+    """Switches observing off, if ``mod`` is a fake quantizer: scales stay as they are."""
+    if isinstance(mod, FakeQuantizeBase):
+        mod.disable_observer()
 
 
 # The names that the field has for fake quantizers with certain arguments.

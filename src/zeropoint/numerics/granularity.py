@@ -155,7 +155,7 @@ def qparams_shape(granularity: Granularity, shape: Sequence[int]) -> tuple[int, 
             return block_counts(granularity, shape)
 
 
-def reduction(blocks: Sequence[int], shape: Sequence[int]) -> tuple[list[int], list[int]]:
+def reduction(block_size: Sequence[int], input_size: Sequence[int]) -> tuple[list[int], list[int]]:
     """Returns the shape in which each block of a tensor has axes of its own, and those axes.
 
     An axis that is cut into blocks becomes two, their number and their size. Reducing the axes returned leaves one
@@ -166,10 +166,14 @@ def reduction(blocks: Sequence[int], shape: Sequence[int]) -> tuple[list[int], l
     """
     view: list[int] = []
     inside: list[int] = []
-    if len(blocks) != len(shape) or any(size % block for size, block in zip(shape, blocks, strict=True)):
+    if len(block_size) != len(input_size) or any(
+        size % block for size, block in zip(input_size, block_size, strict=True)
+    ):
         remedy = "Give one size for each axis, which divides it."
-        raise SpecError(f"blocks of {tuple(blocks)} do not cut a tensor of shape {tuple(shape)}", remedy=remedy)
-    for size, block in zip(shape, blocks, strict=True):
+        raise SpecError(
+            f"blocks of {tuple(block_size)} do not cut a tensor of shape {tuple(input_size)}", remedy=remedy
+        )
+    for size, block in zip(input_size, block_size, strict=True):
         if block not in (1, size):
             view.append(size // block)
         if block != 1:

@@ -22,7 +22,7 @@ from zeropoint.core.specs import (
 )
 from zeropoint.graph.bind import Site, source_of
 from zeropoint.numerics.observers import FixedQParamsObserver
-from zeropoint.numerics.observers.derived import DerivedObserver
+from zeropoint.numerics.observers.derived import DerivedObserverOrFakeQuantize
 
 Observers = dict[Site, Any]
 Made = dict[Group, Any]
@@ -82,7 +82,7 @@ def _build(group: Group, sources: list[Any], fixed: Callable[..., Any]) -> Any:
     where = str(group.sites[0])
     match spec:
         case DerivedQuantizationSpec():
-            return DerivedObserver(sources, **_arguments(spec, "derived_from", "is_dynamic"))
+            return DerivedObserverOrFakeQuantize(obs_or_fqs=sources, **_arguments(spec, "derived_from", "is_dynamic"))
         case FixedQParamsQuantizationSpec():
             return fixed(**_arguments(spec))
         case QuantizationSpec(observer_or_fake_quant_ctr=constructor):

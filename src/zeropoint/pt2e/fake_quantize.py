@@ -1,5 +1,11 @@
 """The fake quantizers, as in ``torchao.quantization.pt2e.fake_quantize``."""
 
+from zeropoint.numerics.affine_fake_quantize import (
+    AffineFakeQuantize,
+    default_affine_fake_quant,
+    default_affine_per_axis_fake_quant,
+    default_groupwise_fake_quant,
+)
 from zeropoint.numerics.fake_quantize import (
     FakeQuantize,
     FakeQuantizeBase,
@@ -28,11 +34,14 @@ from zeropoint.numerics.fake_quantize import (
 )
 
 __all__ = [
+    "AffineFakeQuantize",
     "FakeQuantize",
     "FakeQuantizeBase",
     "FixedQParamsFakeQuantize",
     "FusedMovingAvgObsFakeQuantize",
+    "default_affine_fake_quant",
     "default_affine_fixed_qparams_fake_quant",
+    "default_affine_per_axis_fake_quant",
     "default_dynamic_fake_quant",
     "default_embedding_fake_quant",
     "default_embedding_fake_quant_4bit",
@@ -42,6 +51,7 @@ __all__ = [
     "default_fused_act_fake_quant",
     "default_fused_per_channel_wt_fake_quant",
     "default_fused_wt_fake_quant",
+    "default_groupwise_fake_quant",
     "default_histogram_fake_quant",
     "default_per_channel_weight_fake_quant",
     "default_symmetric_fixed_qparams_fake_quant",

@@ -1,6 +1,21 @@
 """The observers, as in ``torchao.quantization.pt2e.observer``."""
 
+from zeropoint.numerics.granularity import (
+    Granularity,
+    PerAxis,
+    PerBlock,
+    PerGroup,
+    PerRow,
+    PerTensor,
+    PerToken,
+    get_block_size,
+)
+from zeropoint.numerics.mapping import MappingType, TorchAODType, ZeroPointDomain
 from zeropoint.numerics.observers import (
+    AffineQuantizedMinMaxObserver,
+    AffineQuantizedMovingAverageMinMaxObserver,
+    AffineQuantizedObserverBase,
+    AffineQuantizedPlaceholderObserver,
     FixedQParamsObserver,
     HistogramObserver,
     MinMaxObserver,
@@ -38,11 +53,18 @@ from zeropoint.numerics.observers.defaults import (
     per_channel_weight_observer_range_neg_127_to_127,
     weight_observer_range_neg_127_to_127,
 )
+from zeropoint.numerics.observers.state import get_observer_state_dict, load_observer_state_dict
 
 __all__ = [
+    "AffineQuantizedMinMaxObserver",
+    "AffineQuantizedMovingAverageMinMaxObserver",
+    "AffineQuantizedObserverBase",
+    "AffineQuantizedPlaceholderObserver",
     "FixedQParamsObserver",
+    "Granularity",
     "HistogramObserver",
     "MSEObserver",
+    "MappingType",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
     "MovingAveragePerChannelMinMaxObserver",
@@ -50,14 +72,22 @@ __all__ = [
     "NoopObserver",
     "ObserverBase",
     "PartialWrapper",
+    "PerAxis",
+    "PerBlock",
     "PerChannelMSEObserver",
     "PerChannelMinMaxObserver",
+    "PerGroup",
     "PerGroupMinMaxObserver",
+    "PerRow",
+    "PerTensor",
+    "PerToken",
     "PercentileObserver",
     "PlaceholderObserver",
     "RecordingObserver",
     "ReuseInputObserver",
+    "TorchAODType",
     "UniformQuantizationObserverBase",
+    "ZeroPointDomain",
     "default_affine_fixed_qparams_observer",
     "default_debug_observer",
     "default_dynamic_quant_observer",
@@ -72,6 +102,9 @@ __all__ = [
     "default_reuse_input_observer",
     "default_symmetric_fixed_qparams_observer",
     "default_weight_observer",
+    "get_block_size",
+    "get_observer_state_dict",
+    "load_observer_state_dict",
     "per_channel_weight_observer_range_neg_127_to_127",
     "weight_observer_range_neg_127_to_127",
 ]

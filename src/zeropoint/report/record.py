@@ -116,9 +116,13 @@ def model_bytes(model: GraphModule) -> int:
 
 
 def policy_of(quantizer: Any) -> BackendPolicy | None:
-    """Returns the policy of a quantizer, or the one that all the quantizers it is composed of agree on."""
+    """Returns the policy of a quantizer, or the one that all the quantizers it is composed of agree on.
+
+    One that fits any backend has no say.
+    """
     policy = getattr(quantizer, "policy", None)
     if policy is not None:
         return policy
-    children = {policy_of(child) for child in getattr(quantizer, "quantizers", ())}
+    composed = getattr(quantizer, "quantizers", ())
+    children = {policy_of(child) for child in composed if not getattr(child, "fits_any_backend", False)}
     return children.pop() if len(children) == 1 else None

@@ -15,13 +15,7 @@ from zeropoint.core.arguments import require_positive
 from zeropoint.core.dtypes import plain_dtype
 from zeropoint.core.errors import CalibrationError, SpecError
 from zeropoint.numerics.granularity import Granularity, PerTensor, block_size, granularity_of
-from zeropoint.numerics.mapping import (
-    MappingType,
-    ZeroPointDomain,
-    check_mapping,
-    one_of,
-    storage,
-)
+from zeropoint.numerics.mapping import MappingType, ZeroPointDomain, check_mapping, one_of, storage
 from zeropoint.numerics.observers.base import SPEC_KEYWORDS, ObserverBase
 
 

@@ -290,6 +290,10 @@ class UniformQuantizationObserverBase(ObserverBase):
             raise NonFiniteError(f"NaN in the first {self.batches} batches", where=self.where)
         raise self.no_data()
 
+    def reset_min_max_vals(self) -> None:
+        """Does ``reset``, under the name that the field knows."""
+        self.reset()
+
     def _require_shape(self, known: torch.Tensor, found: torch.Tensor) -> None:
         if known.shape == found.shape:
             return

@@ -18,7 +18,7 @@ class FixedQParamsObserver(UniformQuantizationObserverBase):
     Args:
         scale: positive and finite.
         zero_point: within the integers' range.
-        args, settings: those of the base.
+        dtype, qscheme, quant_min, quant_max, is_dynamic, settings: those of the base.
 
     Raises:
         SpecError: scale or zero point cannot be.
@@ -29,8 +29,19 @@ class FixedQParamsObserver(UniformQuantizationObserverBase):
     scale: torch.Tensor
     zero_point: torch.Tensor
 
-    def __init__(self, scale: float, zero_point: int, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
+    def __init__(
+        self,
+        scale: float,
+        zero_point: int,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme | None = None,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        is_dynamic: bool = False,
+        **settings: Any,
+    ) -> None:
+        bounds = {"quant_min": quant_min, "quant_max": quant_max}
+        super().__init__(dtype, qscheme, is_dynamic=is_dynamic, **bounds, **settings)
         where = type(self).__name__
         require_positive("scale", scale, where)
         if not self.quant_min <= require_integer("zero_point", zero_point, where) <= self.quant_max:

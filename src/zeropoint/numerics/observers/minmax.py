@@ -64,10 +64,6 @@ class _RangeObserver(UniformQuantizationObserverBase):
         self.min_val.fill_(torch.inf)
         self.max_val.fill_(-torch.inf)
 
-    def reset_min_max_vals(self) -> None:
-        """Does ``reset``, under the name that the field knows."""
-        self.reset()
-
 
 class _MovingAverage(_RangeObserver):
     """Moves the range by ``averaging_constant`` of the way to that of each new tensor; the first one counts whole.
@@ -110,6 +106,21 @@ class MinMaxObserver(_RangeObserver):
 class MovingAverageMinMaxObserver(_MovingAverage, MinMaxObserver):
     """The moving average of the smallest and the largest value. ``averaging_constant`` comes first."""
 
+    def __init__(
+        self,
+        averaging_constant: float = 0.01,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme | None = None,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        eps: float | None = None,
+        is_dynamic: bool = False,
+        **settings: Any,
+    ) -> None:
+        named = {"eps": eps, "is_dynamic": is_dynamic, **settings}
+        super().__init__(averaging_constant, dtype, qscheme, reduce_range, quant_min, quant_max, **named)
+
 
 class _ManyRanges(_RangeObserver):
     """Keeps one range for each channel or group; how many is known from the first tensor."""
@@ -146,6 +157,22 @@ class PerChannelMinMaxObserver(_ManyRanges):
 
 class MovingAveragePerChannelMinMaxObserver(_MovingAverage, PerChannelMinMaxObserver):
     """The moving average of each channel's range. ``averaging_constant`` comes first, then ``ch_axis``."""
+
+    def __init__(
+        self,
+        averaging_constant: float = 0.01,
+        ch_axis: int | None = 0,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme | None = None,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        eps: float | None = None,
+        is_dynamic: bool = False,
+        **settings: Any,
+    ) -> None:
+        named = {"eps": eps, "is_dynamic": is_dynamic, **settings}
+        super().__init__(averaging_constant, ch_axis, dtype, qscheme, reduce_range, quant_min, quant_max, **named)
 
 
 class PerGroupMinMaxObserver(_ManyRanges):

@@ -6,10 +6,12 @@ from zeropoint.annotate.annotation import (
     annotate_output_qspec,
     get_bias_qspec,
     get_input_act_qspec,
+    get_module_name_filter,
     get_output_act_qspec,
     get_weight_qspec,
     is_valid_annotation,
 )
+from zeropoint.annotate.embedding_quantizer import EmbeddingQuantizer
 from zeropoint.annotate.quantizer import ComposableQuantizer, Quantizer
 from zeropoint.core.configs import OperatorConfig, OperatorPatternType, QuantizationConfig
 from zeropoint.core.specs import (
@@ -20,11 +22,13 @@ from zeropoint.core.specs import (
     QuantizationSpecBase,
     SharedQuantizationSpec,
 )
+from zeropoint.pt2e.quantizer import composable_quantizer, embedding_quantizer, quantizer, utils
 
 __all__ = [
     "ComposableQuantizer",
     "DerivedQuantizationSpec",
     "EdgeOrNode",
+    "EmbeddingQuantizer",
     "FixedQParamsQuantizationSpec",
     "OperatorConfig",
     "OperatorPatternType",
@@ -36,9 +40,14 @@ __all__ = [
     "SharedQuantizationSpec",
     "annotate_input_qspec_map",
     "annotate_output_qspec",
+    "composable_quantizer",
+    "embedding_quantizer",
     "get_bias_qspec",
     "get_input_act_qspec",
+    "get_module_name_filter",
     "get_output_act_qspec",
     "get_weight_qspec",
     "is_valid_annotation",
+    "quantizer",
+    "utils",
 ]
