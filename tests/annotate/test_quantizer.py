@@ -1,12 +1,13 @@
-"""Several quantizers, one after the other."""
+"""Several quantizers, one after the other; what a quantizer may choose nodes by."""
 
 import models
 import pytest
 import quantizers
 import torch
 from quantizers import KEY, annotate
+from torch import nn
 
-from zeropoint.annotate.annotation import QuantizationAnnotation
+from zeropoint.annotate.annotation import QuantizationAnnotation, get_module_name_filter
 from zeropoint.annotate.quantizer import ComposableQuantizer, Quantizer
 from zeropoint.core.errors import AnnotationError
 from zeropoint.graph.bind import Site
@@ -161,3 +162,24 @@ def test_sites_of_the_plan_are_in_the_order_of_the_graph():
     assert list(plan.specs) == [
         Site(node, place) if place else Site(node) for node in (first, second) for place in ("input", "weight", "")
     ]
+
+
+def test_module_name_filter():
+    model = models.exported(models.net)
+    for name, found in (
+        ("blocks.0", {"conv2d", "batch_norm", "relu"}),
+        ("blocks.1.conv", {"conv2d_1"}),
+        ("head", {"linear"}),
+    ):
+        accepts = get_module_name_filter(name)
+        calls = [node for node in model.graph.nodes if node.op == "call_function"]
+        assert {node.name for node in calls if accepts(node)} == found
+    assert not any(get_module_name_filter("blocks.*")(node) for node in model.graph.nodes)
+
+
+def test_module_name_filter_takes_paths_of_strict_export():
+    node = models.find(models.exported(models.mlp), "linear")
+    node.meta["nn_module_stack"] = {"a": ("L['self'].sub", nn.Module), "b": ("L['self'].sub.linear", nn.Linear)}
+    assert get_module_name_filter("sub")(node)
+    assert get_module_name_filter("sub.linear")(node)
+    assert not get_module_name_filter("linear")(node)

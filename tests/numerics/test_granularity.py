@@ -13,7 +13,10 @@ from zeropoint.numerics.granularity import (
     PerToken,
     block_counts,
     block_size,
+    get_block_size,
+    granularity_of,
     qparams_shape,
+    reduction,
 )
 
 SHAPE = (2, 6, 8)
@@ -94,3 +97,38 @@ def test_names_and_fields_are_those_of_torchao():
         mine, other = kind(*arguments), getattr(theirs, kind.__name__)(*arguments)
         assert all(getattr(mine, name) == getattr(other, name) for name in kind.__dataclass_fields__)
     assert PerBlock((1, 4)).block_size == theirs.PerBlock((1, 4)).block_size
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerAxis(1), PerGroup(4), PerRow(0), PerToken(), PerBlock((3, 2))])
+def test_granularities_of_torchao(granularity):
+    theirs = pytest.importorskip("torchao.quantization.granularity")
+    fields = [getattr(granularity, name) for name in granularity.__dataclass_fields__]
+    foreign = getattr(theirs, type(granularity).__name__)(*fields)
+    assert granularity_of(foreign) == granularity
+    assert get_block_size(SHAPE, foreign) == get_block_size(SHAPE, granularity) == block_size(granularity, SHAPE)
+
+
+@pytest.mark.parametrize("value", [None, 3, "PerTensor", PerAxis])
+def test_a_value_that_is_no_granularity(value):
+    with pytest.raises(SpecError, match=r"^weight: granularity=.* is no granularity\. Give e\.g\. PerTensor\(\)"):
+        granularity_of(value, "weight")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "view", "inside"),
+    [
+        ((2, 6, 8), [2, 6, 8], [0, 1, 2]),
+        ((1, 6, 8), [2, 6, 8], [1, 2]),
+        ((1, 1, 4), [2, 6, 2, 4], [3]),
+        ((1, 3, 2), [2, 2, 3, 4, 2], [2, 4]),
+        ((1, 1, 1), [2, 6, 8], []),
+    ],
+)
+def test_reduction(blocks, view, inside):
+    assert reduction(blocks, SHAPE) == (view, inside)
+
+
+@pytest.mark.parametrize("blocks", [(1, 6), (1, 4, 8), (1, 12, 8)])
+def test_blocks_that_do_not_cut_a_tensor(blocks):
+    with pytest.raises(SpecError, match=r"^blocks of .* do not cut a tensor of shape \(2, 6, 8\)\. Give one size"):
+        reduction(blocks, SHAPE)

@@ -1,6 +1,8 @@
 """Affine observers through prepare and convert: the numbers of torchao's, from operators that more runtimes know."""
 
 import copy
+import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 
 import models
@@ -317,3 +319,38 @@ def test_short_floats_are_computed_in_float32():
         assert converted(*inputs).dtype == torch.bfloat16
         errors.append((converted(*inputs) - module(*inputs)).float().pow(2).mean())
     assert errors[1] <= errors[0] * 1.5
+
+
+def qualcomms(package: str):
+    """Returns the class of fake quantizers that ExecuTorch's Qualcomm backend has, its imports changed to a package.
+
+    The module is read as text: its package does not import without the vendor's kit.
+    """
+    executorch = importlib.util.find_spec("executorch")
+    if executorch is None:
+        pytest.skip("executorch is not installed")
+    folder = Path(next(iter(executorch.submodule_search_locations)))
+    text = (folder / "backends/qualcomm/quantizer/observers/per_block_param_observer.py").read_text()
+    constants = "from executorch.backends.qualcomm.utils.constants import DEFAULT_EPS_FP32"
+    text = text.replace(constants, "DEFAULT_EPS_FP32 = 2**-12").replace("torchao.quantization.pt2e", package)
+    names: dict[str, object] = {"__name__": f"per_block_of_{package}"}
+    exec(text, names)
+    return names["PerBlockParamFakeQuantize"]
+
+
+def test_a_program_of_a_backend_after_changing_its_imports():
+    outputs = []
+    for package, kind in (("torchao.quantization.pt2e", THEIRS), ("zeropoint.pt2e", OURS)):
+        constructor = qualcomms(package).with_args(block_size=torch.Size((1, 8)), quant_min=-7, quant_max=7)
+        wanted = kind.QuantizationSpec(torch.int8, constructor, -7, 7)
+        model, (x,) = models.exported(wide_mlp), wide_mlp()[1]
+        quantizer = quantizers.ByHand(lambda model, s=wanted, k=kind: [
+            annotate(node, {"weight": s}, None, k) for node in model.graph.nodes if node.target in GEMMS
+        ])  # fmt: skip
+        prepare, convert = (
+            (prepare_pt2e, convert_pt2e) if kind is OURS else (quantize_pt2e.prepare_pt2e, quantize_pt2e.convert_pt2e)
+        )
+        converted = run(prepare, convert, model, quantizer, [(x,)])
+        outputs.append(converted(x))
+    assert torch.equal(*outputs)
+    assert operators(converted) == {"dequantize_per_channel_group"}
