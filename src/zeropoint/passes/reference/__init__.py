@@ -1,0 +1,1 @@
+"""The reference representation: a graph of quantize and dequantize operators rewritten in integer arithmetic."""
