@@ -27,6 +27,7 @@ from zeropoint.passes.fold_batch_norm import fold_batch_norm
 from zeropoint.passes.insert_observers import insert_observers
 from zeropoint.passes.invariants import CONVERTED
 from zeropoint.passes.make_observers import make_observers
+from zeropoint.passes.reference.rewrite import in_integers
 from zeropoint.passes.round_biases import round_biases
 from zeropoint.passes.weight_scales import steady_weight_scales
 from zeropoint.report.record import finish_record, record_of, require_prepared, require_unprepared, start_record
@@ -86,7 +87,8 @@ def convert_pt2e(
 
     Args:
         model: what ``prepare_pt2e`` returned, calibrated. Its graph is changed and shared with the result.
-        use_reference_representation: integer arithmetic in place of dequantize, operator, quantize.
+        use_reference_representation: integer arithmetic in place of dequantize, operator, quantize. To see and to check
+            what is computed; backends read the other form.
         fold_quantize: store quantized constants as integers; else they stay float with a quantize operator after them.
 
     Raises:
@@ -94,7 +96,8 @@ def convert_pt2e(
         GraphError: the model has no observers: it was not prepared, nothing was annotated, or it is converted already.
         SpecError: a flag is no bool, or ``use_reference_representation`` is True.
     """
-    _check_flags(use_reference_representation, fold_quantize)
+    require_bool("use_reference_representation", use_reference_representation, "convert_pt2e")
+    require_bool("fold_quantize", fold_quantize, "convert_pt2e")
     require_exported(model)
     require_prepared(model, "convert_pt2e")
     on_grid = record_of(model).rounds_biases
@@ -103,13 +106,7 @@ def convert_pt2e(
         biases = round_biases(model) if on_grid else []
         lift_parameters(model)
         converted = finish(model)
-    finish_record(converted, tuple(biases))
+    converted = in_integers(converted) if use_reference_representation else converted
+    finish_record(converted, tuple(biases), "reference" if use_reference_representation else "q/dq")
     check_invariants(converted, CONVERTED, "convert_pt2e")
     return converted
-
-
-def _check_flags(use_reference_representation: bool, fold_quantize: bool) -> None:
-    require_bool("fold_quantize", fold_quantize, "convert_pt2e")
-    if require_bool("use_reference_representation", use_reference_representation, "convert_pt2e"):
-        what = "use_reference_representation=True is not available in this version"
-        raise SpecError(what, where="convert_pt2e", remedy="Leave it False: the q/dq form is what backends read.")

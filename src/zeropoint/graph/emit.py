@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from zeropoint.graph.attributes import owner_and_name
-from zeropoint.graph.compat import as_in_export, created_from, fake_like, fake_mode_of
+from zeropoint.graph.compat import OpOverload, as_in_export, created_from, fake_like, fake_mode_of
 from zeropoint.graph.graph_pass import bodies
 
 INHERITED = (
@@ -92,7 +92,7 @@ def _signature(value: Any) -> object:
             return tuple(_signature(item) for item in value)
         case dict():
             return tuple((name, _signature(item)) for name, item in value.items())
-        case None | bool() | int() | float() | str() | torch.dtype() | torch.device():
+        case None | bool() | int() | float() | str() | torch.dtype() | torch.device() | OpOverload():
             return (type(value), value)
         case _:
             return object()

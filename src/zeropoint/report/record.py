@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from torch.fx import GraphModule, Node
 
@@ -19,6 +19,8 @@ from zeropoint.passes.round_biases import BiasRounding
 from zeropoint.report.coverage import CoverageRow, coverage, quantized_count
 
 RECORD_KEY = "zeropoint"
+Representation: TypeAlias = Literal["q/dq", "reference"]
+"""Quantize and dequantize operators around float ones, or integer arithmetic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class Record:
         float_bytes: size of parameters and buffers before quantization, in bytes.
         converted_bytes: the same after conversion; 0 before.
         biases: how biases were rounded.
+        representation: how a converted graph is written.
     """
 
     policy: BackendPolicy | None
@@ -38,6 +41,7 @@ class Record:
     float_bytes: int
     converted_bytes: int = 0
     biases: tuple[BiasRounding, ...] = ()
+    representation: Representation = "q/dq"
 
     @property
     def rounds_biases(self) -> bool:
@@ -67,7 +71,8 @@ def require_unprepared(model: GraphModule, where: str) -> None:
         remedy = f"Calibrate it and give it to convert_pt2e. {remedy}"
         raise GraphError("the model is prepared already: it has observers", where=where, remedy=remedy)
     annotated = any(Q_ANNOTATION_KEY in node.meta for node in model.graph.nodes)  # Export drops annotations.
-    if annotated and any(node.target in ops.DEQUANTIZE_OPS for node in model.graph.nodes):
+    is_reference = getattr(model.meta.get(RECORD_KEY), "representation", None) == "reference"
+    if is_reference or (annotated and any(node.target in ops.DEQUANTIZE_OPS for node in model.graph.nodes)):
         raise GraphError("the model is converted already", where=where, remedy=f"Use it as it is. {remedy}")
 
 
@@ -91,9 +96,12 @@ def require_prepared(model: GraphModule, where: str) -> None:
     raise GraphError(f"the model has no observers: {why}", where=where, remedy=remedy)
 
 
-def finish_record(model: GraphModule, biases: tuple[BiasRounding, ...]) -> None:
+def finish_record(model: GraphModule, biases: tuple[BiasRounding, ...], representation: Representation) -> None:
     """Completes the record of a converted model."""
-    model.meta[RECORD_KEY] = replace(record_of(model), converted_bytes=model_bytes(model), biases=biases)
+    size = model_bytes(model)
+    model.meta[RECORD_KEY] = replace(
+        record_of(model), converted_bytes=size, biases=biases, representation=representation
+    )
 
 
 def refresh_biases(model: GraphModule) -> None:

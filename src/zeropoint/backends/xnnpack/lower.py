@@ -28,6 +28,8 @@ from zeropoint.graph.inputs import free_axes, free_sizes, inputs_for, with_free_
 from zeropoint.graph.no_ops import erase_no_ops
 
 NAME = "xnnpack"
+REFERENCE = torch.ops.higher_order.out_dtype
+"""An operator that the reference representation has, and no other graph."""
 EXAMPLES = "example_inputs"
 LINES = 4
 """Of an error of ExecuTorch that are shown; the others are a print of its graph."""
@@ -103,6 +105,11 @@ def _check_converted(model: GraphModule) -> None:
     if any(hasattr(module, "calculate_qparams") for module in model.children()):
         what = "the model still has observers"
         raise LoweringError(what, where="xnnpack.lower", remedy="Give what convert_pt2e returned.")
+    is_reference = getattr(model.meta.get("zeropoint"), "representation", None) == "reference"
+    if is_reference or any(node.target is REFERENCE for node in model.graph.nodes):
+        what = "the model is in the reference representation, and the delegate takes quantize and dequantize operators"
+        remedy = "Convert with use_reference_representation=False, from a model that is prepared anew."
+        raise LoweringError(what, where="xnnpack.lower", remedy=remedy)
 
 
 def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> LoweredProgram:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from zeropoint.graph.graph_pass import graph_pass
-from zeropoint.graph.invariants import Invariant
+from zeropoint.graph.invariants import Invariant, check_invariants
 from zeropoint.graph.memory import remove_dead_writes
 from zeropoint.graph.views import views_to_reshapes
 from zeropoint.numerics import ops
+from zeropoint.passes.finish import finish
 from zeropoint.passes.reference.arithmetic import ARITHMETIC
 from zeropoint.passes.reference.averages import AVERAGES
 from zeropoint.passes.reference.grid import Grid
@@ -18,6 +19,17 @@ from zeropoint.passes.reference.plain import dequantized, quantized
 from zeropoint.passes.reference.sums import real
 
 OPERATORS: Operators = {**ARITHMETIC, **AVERAGES, **LAYERS}
+
+
+def in_integers(model: GraphModule) -> GraphModule:
+    """Returns the reference representation of a converted model; its graph is changed and shared with the result.
+
+    Raises:
+        GraphError: a quantize or dequantize operator was left, which is an error of zeropoint.
+    """
+    compute_in_integers(model)
+    check_invariants(model, REFERENCE, "in_integers")
+    return finish(model)
 
 
 @graph_pass
