@@ -12,7 +12,6 @@ from zeropoint.annotate.plan import Plan
 from zeropoint.annotate.quantizer import Quantizer
 from zeropoint.annotate.read import read_plan
 from zeropoint.core.arguments import require_bool
-from zeropoint.core.errors import SpecError
 from zeropoint.graph.capture import require_exported
 from zeropoint.graph.explained import ExplainedModule
 from zeropoint.graph.graph_pass import pipeline
