@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from zeropoint.core.arguments import require_bool
 from zeropoint.core.errors import CaptureError, SpecError
+from zeropoint.graph.train_eval import SwitchedModule
 
 
 def capture(
@@ -116,4 +117,42 @@ def _in_eval_mode(model: nn.Module) -> Generator[None]:
         yield
     finally:
         for module in training:
-            module.training = True
+            if isinstance(module, SwitchedModule):
+                module.train()
+            else:
+                module.training = True
+
+
+class WrapperModule(nn.Module):
+    """A function as a module, to be exported."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the function returns."""
+        return self.fn(*args, **kwargs)
+
+
+def pattern_graph(
+    pattern: Callable[..., Any], example_inputs: tuple[Any, ...], is_cuda: bool = False, **kwargs: Any
+) -> GraphModule:
+    """Returns the graph of a module or function, as a pattern to look for with ``torch.fx``'s matchers.
+
+    What export adds to a program is left out: its checks of sizes, and what writes values back to inputs.
+
+    Args:
+        is_cuda: export with the inputs on the GPU, where some operators are spelled in another way.
+        **kwargs: example inputs by name.
+    """
+    module = pattern if isinstance(pattern, nn.Module) else WrapperModule(pattern)
+    if is_cuda:
+        example_inputs = pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, example_inputs)
+    model: Any = torch.export.export(module, example_inputs, kwargs, strict=True).module()
+    for node in reversed(model.graph.nodes):
+        is_write = node.target is torch.ops.aten.copy_.default
+        if not node.users and (is_write or node.op == "call_module" or not node.is_impure()):
+            model.graph.erase_node(node)
+    model.recompile()
+    return model

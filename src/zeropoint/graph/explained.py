@@ -8,9 +8,10 @@ from torch.fx import GraphModule
 
 from zeropoint.core.errors import CalibrationError, NonFiniteError, ZeropointError
 from zeropoint.graph.inputs import inputs_for
+from zeropoint.graph.train_eval import SwitchedModule
 
 
-class ExplainedModule(GraphModule):
+class ExplainedModule(SwitchedModule):
     """Says, where a call fails, which of the inputs is not one that the graph was exported for.
 
     Inputs are looked at after a failure only: a call that succeeds costs nothing more, whichever sizes it has.
