@@ -98,8 +98,8 @@ def test_core_depends_on_torch_and_numpy_only(path):
 
 def test_no_file_is_a_drawer():
     drawers = {"utils.py", "helpers.py", "common.py", "misc.py"}
-    own = [name for name in map(name_of, FILES) if not name.startswith("pt2e/")]  # whose layout is torchao's
-    assert not [name for name in own if Path(name).name in drawers]
+    own = [path for path in FILES if not name_of(path).startswith("pt2e/")]  # There, torchao names the files.
+    assert not [name_of(path) for path in own if path.name in drawers]
 
 
 def test_every_public_name_exists():

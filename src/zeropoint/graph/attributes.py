@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -80,6 +80,26 @@ class Names:
         model = self._model
         holders = (model._modules, model._parameters, model._buffers, model.__dict__, type(model).__dict__)
         return any(name in held for held in holders)
+
+
+def get_new_attr_name_with_prefix(prefix: str) -> Callable[[nn.Module], str]:
+    """Returns a function of a module that returns a name which it does not have: the prefix and a number.
+
+    Dots become underscores. Where the module has names up to some number, as it has from earlier calls, the next is
+    found in logarithmic time; where it has others, that with the smallest number need not be.
+    """
+    stem = prefix.replace(".", "_")
+
+    def new_name(module: nn.Module) -> str:
+        taken, free = -1, 0
+        while hasattr(module, f"{stem}{free}"):
+            taken, free = free, 2 * free + 1
+        while free - taken > 1:
+            middle = (taken + free) // 2
+            taken, free = (middle, free) if hasattr(module, f"{stem}{middle}") else (taken, middle)
+        return f"{stem}{free}"
+
+    return new_name
 
 
 def attribute_reads(graph: Graph) -> Iterator[Node]:
