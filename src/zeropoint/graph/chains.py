@@ -20,3 +20,17 @@ def ancestors(node: Node) -> set[Node]:
             seen.add(current)
             waiting.extend(current.all_input_nodes)
     return seen
+
+
+def collect_producer_nodes(node: Node) -> list[Node] | None:
+    """Returns the node and every node that it depends on, itself first; None where an input of the graph is one."""
+    found, waiting = {node: None}, [node]
+    while waiting:
+        current = waiting.pop()
+        for read in current.all_input_nodes:
+            if read.op == "placeholder":
+                return None
+            if read not in found:
+                found[read] = None
+                waiting.append(read)
+    return list(found)
