@@ -65,6 +65,10 @@ class VerificationError(ZeropointError, RuntimeError):
     """A lowered file whose results differ from the converted model's."""
 
 
+class ComparisonError(ZeropointError, ValueError):
+    """Recordings of two models that cannot be compared."""
+
+
 class RuntimeFailure(ZeropointError, RuntimeError):
     """A lowered file that the runtime did not load or run."""
 

@@ -17,7 +17,7 @@ from zeropoint.annotate.rules import note_erased, origin_of
 from zeropoint.graph.attributes import Names, attribute_reads, set_parameter
 from zeropoint.graph.batch_norms import BATCH_NORMS, MULTIPLE, is_in_train_mode, keeps_statistics
 from zeropoint.graph.bind import argument, set_argument
-from zeropoint.graph.compat import fake_like
+from zeropoint.graph.compat import created_from, fake_like
 from zeropoint.graph.constants import constant_nodes, evaluate
 from zeropoint.graph.emit import Emitter, inherit
 from zeropoint.graph.graph_pass import graph_pass
@@ -154,12 +154,22 @@ def _fold(fold: _Fold, tensors: _Tensors) -> None:
     weight_node, bias_node = tensors.folded[key]
     set_argument(layer, "weight", weight_node)
     set_argument(layer, "bias", bias_node)
+    _move_origin(fold, layer)
     fold.result.replace_all_uses_with(argument(norm, "input"))
     if "custom" in fold.result.meta:
         layer.meta["custom"] = {**layer.meta.get("custom", {}), **fold.result.meta["custom"]}
     note_erased(tensors.model, [origin_of(norm)], origin_of(layer))
     for node in dict.fromkeys((*norm.users, norm)):
         layer.graph.erase_node(node)
+
+
+def _move_origin(fold: _Fold, layer: Node) -> None:
+    """Says that what batch norm read is what it returned; what lies before has other values than it had."""
+    node: Node = argument(fold.norm, "input")
+    node.meta["from_node"] = created_from(fold.result, "fold_batch_norm")
+    while node is not layer:
+        node = node.all_input_nodes[0]
+        node.meta["from_node"] = []
 
 
 def _linear_layer(product: Node, tensors: _Tensors) -> Node:
