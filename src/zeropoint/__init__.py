@@ -18,7 +18,7 @@ from zeropoint.core.specs import (
 from zeropoint.graph.bind import Site
 from zeropoint.graph.capture import capture
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
-from zeropoint.workflow import convert_pt2e, prepare_pt2e
+from zeropoint.workflow import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
 __version__ = "0.1.0"
 
@@ -44,5 +44,6 @@ __all__ = [
     "convert_pt2e",
     "for_torchao",
     "prepare_pt2e",
+    "prepare_qat_pt2e",
     "quantize",
 ]

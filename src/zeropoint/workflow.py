@@ -16,24 +16,31 @@ from zeropoint.graph.capture import require_exported
 from zeropoint.graph.explained import ExplainedModule
 from zeropoint.graph.graph_pass import pipeline
 from zeropoint.graph.invariants import check_invariants
+from zeropoint.numerics.fake_quantize import FixedQParamsFakeQuantize
 from zeropoint.numerics.scratch import LateWrites
 from zeropoint.passes.annotate import annotate
 from zeropoint.passes.body_parameters import bring_in_parameters, lift_parameters
 from zeropoint.passes.canonicalize import canonicalize
 from zeropoint.passes.convert import convert, every, none, nothing
+from zeropoint.passes.end_training import end_training
 from zeropoint.passes.finish import finish
 from zeropoint.passes.fold_batch_norm import fold_batch_norm
 from zeropoint.passes.insert_observers import insert_observers
 from zeropoint.passes.invariants import CONVERTED
 from zeropoint.passes.make_observers import make_observers
+from zeropoint.passes.qat_batch_norm import qat_batch_norm
 from zeropoint.passes.reference.rewrite import in_integers
 from zeropoint.passes.round_biases import round_biases
+from zeropoint.passes.spell_batch_norm import spell_batch_norm
 from zeropoint.passes.weight_scales import steady_weight_scales
+from zeropoint.report.coverage import coverage
 from zeropoint.report.record import finish_record, record_of, require_prepared, require_unprepared, start_record
+
+StockObservers = Literal["replace", "keep"]
 
 
 def prepare_pt2e(
-    model: GraphModule, quantizer: Quantizer, *, stock_observers: Literal["replace", "keep"] = "replace"
+    model: GraphModule, quantizer: Quantizer, *, stock_observers: StockObservers = "replace"
 ) -> GraphModule:
     """Returns the model with observers where the quantizer wants them, ready for calibration.
 
@@ -59,8 +66,44 @@ def prepare_pt2e(
 
 
 @pipeline
+def prepare_qat_pt2e(
+    model: GraphModule, quantizer: Quantizer, *, stock_observers: StockObservers = "replace"
+) -> GraphModule:
+    """Returns the model with fake quantizers where the quantizer wants them, ready for training.
+
+    A convolution or linear layer with a batch norm after it is trained with the weight that it will have once the two
+    are one; ``convert_pt2e`` makes them one. Train the result as any module, on data of the shapes it was exported for.
+
+    Args:
+        model: an exported graph module, in train mode: ``torch.export.export(m.train(), example_inputs).module()``. Of
+            one in eval mode, batch norms that are folded train all the same. Its graph is changed and shared with the
+            result.
+        quantizer: as in ``prepare_pt2e``; its specs name fake quantizers, as ``is_qat=True`` gives them.
+        stock_observers: as in ``prepare_pt2e``.
+
+    Raises:
+        CaptureError, GraphError, AnnotationError, RuleError, SpecError: as in ``prepare_pt2e``.
+    """
+    require_exported(model)
+    require_unprepared(model, "prepare_qat_pt2e")
+    constructors = stock.stock_observers(stock_observers)
+    bring_in_parameters(model)
+    canonicalize(model)
+    spell_batch_norm(model)
+    model = annotate(model, quantizer)
+    plan = read_plan(model, constructors)
+    rows = coverage(model, plan)
+    qat_batch_norm(model, plan)
+    plan = read_plan(model, constructors)
+    observers = make_observers(model, plan, resolve(plan), quantizer, FixedQParamsFakeQuantize)
+    start_record(model, rows, quantizer, is_qat=True)
+    insert_observers(model, observers, look_again=record_of(model).policy is None)
+    return finish(model, ExplainedModule)
+
+
+@pipeline
 def prepare_with_plan(
-    model: GraphModule, quantizer: Quantizer, stock_observers: str = "replace"
+    model: GraphModule, quantizer: Quantizer, stock_observers: StockObservers = "replace"
 ) -> tuple[GraphModule, Plan]:
     """Returns what ``prepare_pt2e`` returns, and the plan that it carried out."""
     require_exported(model)
@@ -71,9 +114,8 @@ def prepare_with_plan(
     fold_batch_norm(model)
     model = annotate(model, quantizer)
     plan = read_plan(model, constructors)
-    groups = resolve(plan)
-    observers = make_observers(model, plan, groups, quantizer)
-    start_record(model, plan, quantizer)
+    observers = make_observers(model, plan, resolve(plan), quantizer)
+    start_record(model, coverage(model, plan), quantizer)
     insert_observers(model, observers, look_again=record_of(model).policy is None)
     return finish(model, ExplainedModule), plan
 
@@ -85,7 +127,8 @@ def convert_pt2e(
     """Returns the model with quantize and dequantize operators in place of observers, and integer weights.
 
     Args:
-        model: what ``prepare_pt2e`` returned, calibrated. Its graph is changed and shared with the result.
+        model: what ``prepare_pt2e`` returned, calibrated, or ``prepare_qat_pt2e``, trained; in train or in eval mode.
+            Its graph is changed and shared with the result, which is in eval mode.
         use_reference_representation: integer arithmetic in place of dequantize, operator, quantize. To see and to check
             what is computed; backends read the other form.
         fold_quantize: store quantized constants as integers; else they stay float with a quantize operator after them.
@@ -93,15 +136,18 @@ def convert_pt2e(
     Raises:
         CalibrationError: an observer saw no data; names the tensor.
         GraphError: the model has no observers: it was not prepared, nothing was annotated, or it is converted already.
-        SpecError: a flag is no bool, or ``use_reference_representation`` is True.
+        SpecError: a flag is no bool.
     """
     require_bool("use_reference_representation", use_reference_representation, "convert_pt2e")
     require_bool("fold_quantize", fold_quantize, "convert_pt2e")
     require_exported(model)
     require_prepared(model, "convert_pt2e")
-    on_grid = record_of(model).rounds_biases
+    on_grid, is_qat = record_of(model).rounds_biases, record_of(model).is_qat
+    if is_qat:
+        end_training(model)
+    known = steady_weight_scales if on_grid and not is_qat else nothing  # Trained weights are on a grid already.
     with LateWrites() as writes:
-        convert(model, every if fold_quantize else none, writes, steady_weight_scales if on_grid else nothing)
+        convert(model, every if fold_quantize else none, writes, known)
         biases = round_biases(model) if on_grid else []
         lift_parameters(model)
         converted = finish(model)

@@ -22,10 +22,13 @@ from zeropoint.annotate.patterns import (
 )
 from zeropoint.annotate.plan import DECISION_KEY, Decision
 from zeropoint.annotate.rules import NOT_SELECTED, Rules
+from zeropoint.core.configs import QuantizationConfig
 from zeropoint.core.specs import PER_CHANNEL, QuantizationSpecBase, SharedQuantizationSpec
+from zeropoint.graph.batch_norms import BATCH_NORMS, STAYS, keeps_statistics
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.compat import is_tensor_list, is_tensor_value
 from zeropoint.graph.constants import constant_nodes
+from zeropoint.graph.layers import LAYERS
 from zeropoint.graph.memory import Memory
 
 
@@ -86,7 +89,7 @@ def _decide(node: Node, table: Table, rules: Rules, context: Context) -> Decisio
     config, excluded = rules.choose(node)
     if config is None:
         return Decision(name, (node,), excluded)
-    match = Match(pattern, node, _before(pattern, node), _fused(pattern, node, rules), config, context)
+    match = Match(pattern, node, _before(pattern, node), _fused(pattern, node, rules, config), config, context)
     refusal = _refusal(match)
     if refusal is not None:
         return Decision(name, (node,), refusal)
@@ -102,10 +105,11 @@ def _before(pattern: Pattern, head: Node) -> Node | None:
     return first if all(condition(first) for condition in pattern.before_when) else None
 
 
-def _fused(pattern: Pattern, head: Node, rules: Rules) -> tuple[Node, ...]:
+def _fused(pattern: Pattern, head: Node, rules: Rules, config: QuantizationConfig) -> tuple[Node, ...]:
     """Returns the nodes after the head that are computed with it: each the only reader of the one before."""
-    fused: list[Node] = []
-    current = head
+    norm = _batch_norm_after(head, rules) if config.is_qat else None
+    fused: list[Node] = [] if norm is None else [norm]
+    current = head if norm is None else norm
     for operators in pattern.chain[1:]:
         following = sole_reader(current)
         if following is None or following.target not in operators:
@@ -115,6 +119,16 @@ def _fused(pattern: Pattern, head: Node, rules: Rules) -> tuple[Node, ...]:
         fused.append(following)
         current = following
     return tuple(fused)
+
+
+def _batch_norm_after(head: Node, rules: Rules) -> Node | None:
+    """Returns the batch norm that will be folded into a layer once the two are trained."""
+    norm = sole_reader(head)
+    if norm is None or norm.target not in BATCH_NORMS or head.target not in LAYERS:
+        return None
+    decision = norm.meta.get(DECISION_KEY)
+    stays = decision is not None and decision.pattern == STAYS
+    return None if stays or not keeps_statistics(norm) or is_annotated(norm) or rules.leaves_out(norm) else norm
 
 
 def _missing_spec(match: Match) -> str | None:

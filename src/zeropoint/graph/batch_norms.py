@@ -37,6 +37,9 @@ IN_TRAIN_MODE: dict[Any, Any] = {
     aten._batch_norm_no_update.default: aten._batch_norm_with_update.default,
 }
 
+STAYS = "batch_norm"
+"""Pattern of the decision about a batch norm that is not folded; the reason says why."""
+
 
 def keeps_statistics(norm: Node) -> bool:
     """True for a batch norm with running statistics; another one normalizes by each batch, in eval mode too."""

@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeAlias
 from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.annotation import Q_ANNOTATION_KEY
-from zeropoint.annotate.plan import Plan
 from zeropoint.core.errors import GraphError
 from zeropoint.core.policy import BackendPolicy
 from zeropoint.graph.attributes import get_attribute, tensors_of
@@ -16,7 +15,7 @@ from zeropoint.graph.bind import argument
 from zeropoint.numerics import ops
 from zeropoint.passes.convert import has_observers
 from zeropoint.passes.round_biases import BiasRounding
-from zeropoint.report.coverage import CoverageRow, coverage, quantized_count
+from zeropoint.report.coverage import CoverageRow, quantized_count
 
 RECORD_KEY = "zeropoint"
 Representation: TypeAlias = Literal["q/dq", "reference"]
@@ -34,6 +33,7 @@ class Record:
         converted_bytes: the same after conversion; 0 before.
         biases: how biases were rounded.
         representation: how a converted graph is written.
+        is_qat: the model was prepared for training.
     """
 
     policy: BackendPolicy | None
@@ -42,6 +42,7 @@ class Record:
     converted_bytes: int = 0
     biases: tuple[BiasRounding, ...] = ()
     representation: Representation = "q/dq"
+    is_qat: bool = False
 
     @property
     def rounds_biases(self) -> bool:
@@ -49,10 +50,9 @@ class Record:
         return self.policy is not None and self.policy.bias == "float on the int32 grid"
 
 
-def start_record(model: GraphModule, plan: Plan, quantizer: Any) -> None:
-    """Puts a new record on a model that is about to get observers."""
-    rows = coverage(model, plan)
-    model.meta[RECORD_KEY] = Record(policy_of(quantizer), rows, model_bytes(model))
+def start_record(model: GraphModule, rows: tuple[CoverageRow, ...], quantizer: Any, *, is_qat: bool = False) -> None:
+    """Puts a new record on a model that is about to get observers, or fake quantizers for training."""
+    model.meta[RECORD_KEY] = Record(policy_of(quantizer), rows, model_bytes(model), is_qat=is_qat)
 
 
 def record_of(model: GraphModule) -> Record:
