@@ -119,8 +119,7 @@ class FakeQuantize(FakeQuantizeBase):
     def reset(self) -> None:
         """Forgets all that was observed; scale and zero point become 1 and 0."""
         self.activation_post_process.reset()
-        self.scale.resize_(1).fill_(1)
-        self.zero_point.resize_(1).fill_(0)
+        self._take(torch.ones(1), torch.zeros(1))
 
     def calculate_qparams(self) -> QParams:
         """Returns ``(scale, zero_point)`` of the observer.
@@ -143,29 +142,37 @@ class FakeQuantize(FakeQuantizeBase):
             self._take(*self.calculate_qparams())
         return self.fake_quantize(x) if self.fake_quant_enabled.item() else x
 
+    @torch.no_grad()
     def _take(self, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
-        with torch.no_grad():
-            self.scale.resize_(scale.shape).copy_(scale)
-            self.zero_point.resize_(zero_point.shape).copy_(zero_point)
+        for name, value in (("scale", scale), ("zero_point", zero_point)):
+            self._make_room(name, value.shape)
+            getattr(self, name).copy_(value)
+
+    def _make_room(self, name: str, shape: torch.Size) -> None:
+        """Gives ``scale`` or ``zero_point`` another shape; its values are to be written."""
+        getattr(self, name).resize_(shape)
 
     def fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Returns ``x`` rounded with the scale and zero point as they are."""
-        limits = (self.quant_min, self.quant_max)
         if not self.is_per_channel:
-            return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, *limits)
+            return self._per_tensor(x)
         group_size = getattr(self.activation_post_process, "group_size", None)
         if group_size is None:
-            axis = self.ch_axis % x.dim()
-            return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero_point, axis, *limits)
-        scale, zero_point = self.scale.flatten(), self.zero_point.flatten()
+            return self._per_channel(x, self.scale, self.zero_point, self.ch_axis % x.dim())
         groups = x.reshape(-1, group_size)
-        return torch.fake_quantize_per_channel_affine(groups, scale, zero_point, 0, *limits).reshape(x.shape)
+        return self._per_channel(groups, self.scale.flatten(), self.zero_point.flatten(), 0).reshape(x.shape)
+
+    def _per_tensor(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
+
+    def _per_channel(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int) -> torch.Tensor:
+        return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, self.quant_min, self.quant_max)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Makes room for the saved number of channels."""
         for name in ("scale", "zero_point"):
             if prefix + name in state_dict:
-                getattr(self, name).resize_(state_dict[prefix + name].shape)
+                self._make_room(name, state_dict[prefix + name].shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
