@@ -123,13 +123,15 @@ class LearnableFakeQuantize(FakeQuantize):
     def _factor(self, x: torch.Tensor) -> float:
         return (x.numel() * self.quant_max) ** -0.5 if self.use_grad_scaling else 1.0
 
+    # Both kernels round a negative zero point wrongly on the way back (torch 2.13: -30 counts as -29). What counts is how
+    # far it is from the bounds, so all three are moved until they are not negative.
     def _per_tensor(self, x: torch.Tensor) -> torch.Tensor:
-        limits = (self.quant_min, self.quant_max)
-        return PER_TENSOR(x, self.scale, self.zero_point, *limits, self._factor(x))
+        span = self.quant_max - self.quant_min
+        return PER_TENSOR(x, self.scale, self.zero_point - self.quant_min, 0, span, self._factor(x))
 
     def _per_channel(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int) -> torch.Tensor:
-        limits = (self.quant_min, self.quant_max)
-        return PER_CHANNEL(x, scale, zero_point, axis, *limits, self._factor(x))
+        span = self.quant_max - self.quant_min
+        return PER_CHANNEL(x, scale, zero_point - self.quant_min, axis, 0, span, self._factor(x))
 
     def reset(self) -> None:
         super().reset()
