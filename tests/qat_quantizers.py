@@ -1,4 +1,4 @@
-"""Quantizers written by hand for training: inputs annotated on the layer, the output on the batch norm or clamp after."""
+"""Quantizers written by hand for training: inputs annotated on the layer, the output on what comes after it."""
 
 from __future__ import annotations
 

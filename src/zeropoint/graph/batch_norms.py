@@ -37,6 +37,9 @@ IN_TRAIN_MODE: dict[Any, Any] = {
     aten._batch_norm_no_update.default: aten._batch_norm_with_update.default,
 }
 
+COUNTER = "num_batches_tracked"
+"""Name of the buffer with the number of batches that a batch norm has seen."""
+COUNTING = (aten.add_.Tensor, aten.add.Tensor, aten.copy_.default)
 STAYS = "batch_norm"
 """Pattern of the decision about a batch norm that is not folded; the reason says why."""
 
@@ -89,3 +92,11 @@ def _read_statistics_themselves(norm: Node, results: int) -> None:
             if copy.args[:2] == (statistic, statistic):
                 copy.replace_all_uses_with(statistic)
                 norm.graph.erase_node(copy)
+
+
+def counts_batches(node: Node) -> bool:
+    """True for what adds to the number of batches that a batch norm has seen, or writes it down."""
+    counted = node
+    while isinstance(counted, Node) and counted.target in COUNTING:
+        counted = counted.args[0]
+    return counted is not node and isinstance(counted, Node) and str(counted.target).rpartition(".")[2] == COUNTER

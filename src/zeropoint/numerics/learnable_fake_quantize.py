@@ -123,8 +123,8 @@ class LearnableFakeQuantize(FakeQuantize):
     def _factor(self, x: torch.Tensor) -> float:
         return (x.numel() * self.quant_max) ** -0.5 if self.use_grad_scaling else 1.0
 
-    # Both kernels round a negative zero point wrongly on the way back (torch 2.13: -30 counts as -29). What counts is how
-    # far it is from the bounds, so all three are moved until they are not negative.
+    # Both kernels round a negative zero point wrongly on the way back (torch 2.13: -30 counts as -29). Only its distance
+    # from the bounds matters, so all three are moved until none is negative.
     def _per_tensor(self, x: torch.Tensor) -> torch.Tensor:
         span = self.quant_max - self.quant_min
         return PER_TENSOR(x, self.scale, self.zero_point - self.quant_min, 0, span, self._factor(x))

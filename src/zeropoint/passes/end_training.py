@@ -9,13 +9,12 @@ from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.rules import forget_erased
 from zeropoint.core.errors import GraphError
-from zeropoint.graph.batch_norms import is_in_train_mode
+from zeropoint.graph.batch_norms import counts_batches, is_in_train_mode
 from zeropoint.graph.bind import argument, set_argument
-from zeropoint.graph.constants import attributes_behind, evaluate
+from zeropoint.graph.constants import evaluate
 from zeropoint.graph.emit import inherit
 from zeropoint.graph.graph_pass import graph_pass, remove_dead_code
 from zeropoint.graph.layers import scale_outputs
-from zeropoint.graph.memory import written_by
 from zeropoint.graph.no_ops import DROPOUTS
 from zeropoint.graph.source import describe
 from zeropoint.passes.fold_batch_norm import factor_and_shift, fold_batch_norm, new_parameters
@@ -24,7 +23,6 @@ from zeropoint.passes.normalized_layers import Tensors
 from zeropoint.passes.qat_batch_norm import PASS, Role, groups_in
 
 aten = torch.ops.aten
-COUNTER = "num_batches_tracked"
 
 
 def end_training(model: GraphModule) -> None:
@@ -44,8 +42,7 @@ def end_training(model: GraphModule) -> None:
 def remove_counters(model: GraphModule) -> None:
     """Erases what counts the batches that a batch norm has seen."""
     for node in reversed(model.graph.nodes):
-        counted = {path for written in written_by(node) for path in attributes_behind(written)}
-        if counted and not node.users and all(path.rpartition(".")[2] == COUNTER for path in counted):
+        if counts_batches(node) and not node.users:
             model.graph.erase_node(node)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.plan import Plan
+from zeropoint.graph.batch_norms import counts_batches
 from zeropoint.graph.bind import source_of
 from zeropoint.graph.compat import OpOverload, is_tensor_list, is_tensor_value
 from zeropoint.graph.constants import constant_nodes
@@ -51,12 +52,12 @@ class CoverageRow:
 
 
 def compute_nodes(model: GraphModule) -> Iterator[Node]:
-    """Yields the nodes that compute a tensor from the model's inputs, control flow bodies included."""
+    """Yields the nodes that compute a tensor from the model's inputs, control flow bodies included; no counters."""
     for _, body in bodies(model):
         yield from compute_nodes(body)
     constants = constant_nodes(model)
     for node in model.graph.nodes:
-        if node.op != "call_function" or node in constants or node.target is operator.getitem:
+        if node.op != "call_function" or node in constants or node.target is operator.getitem or counts_batches(node):
             continue
         value = node.meta.get("val")
         if isinstance(node.target, OpOverload) and (is_tensor_value(value) or is_tensor_list(value)):
