@@ -16,6 +16,7 @@ from zeropoint.numerics.observers.defaults import (
 from zeropoint.numerics.observers.fixed import FixedQParamsObserver
 from zeropoint.numerics.observers.histogram import HistogramObserver
 from zeropoint.numerics.observers.minmax import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
+from zeropoint.numerics.straight_through import fake_quantize
 
 QParams = tuple[torch.Tensor, torch.Tensor]
 
@@ -61,7 +62,7 @@ class FakeQuantize(FakeQuantizeBase):
     """Rounds to ``(clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale``.
 
     Scale and zero point are those of its observer, taken anew after each observed tensor. The gradient passes where
-    the value was not clamped (``torch.fake_quantize_per_tensor_affine`` and ``_per_channel_affine``).
+    the value was not clamped: values and gradients are those of ``torch.fake_quantize_per_tensor_affine``.
 
     Args:
         observer: class or ``with_args`` constructor of the observer.
@@ -163,10 +164,10 @@ class FakeQuantize(FakeQuantizeBase):
         return self._per_channel(groups, self.scale.flatten(), self.zero_point.flatten(), 0).reshape(x.shape)
 
     def _per_tensor(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
+        return fake_quantize(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
 
     def _per_channel(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int) -> torch.Tensor:
-        return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, self.quant_min, self.quant_max)
+        return fake_quantize(x, scale, zero_point, self.quant_min, self.quant_max, axis)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Makes room for the saved number of channels."""

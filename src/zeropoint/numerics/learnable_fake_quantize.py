@@ -10,18 +10,14 @@ from torch import nn
 from zeropoint.core.errors import SpecError
 from zeropoint.core.specs import SYMMETRIC
 from zeropoint.numerics.fake_quantize import FakeQuantize, QParams
-
-PER_TENSOR = torch.ops.aten._fake_quantize_learnable_per_tensor_affine.default
-PER_CHANNEL = torch.ops.aten._fake_quantize_learnable_per_channel_affine.default
+from zeropoint.numerics.straight_through import learned_fake_quantize
 
 
 class LearnableFakeQuantize(FakeQuantize):
     """Rounds as FakeQuantize, with a scale and zero point that are parameters.
 
-    They are taken from the observer until learning is enabled, from the first tensor or a loaded state on. The
-    gradient of the scale is ``round(v) - v`` where the value ``v = x / scale + zero_point`` was not clamped, else the
-    bound less the zero point (Esser et al. 2020, section 2.1); that of the zero point is ``-scale`` where it was
-    clamped (Bhalgat et al. 2020, section 3.1). The zero point of a symmetric scheme is not learned.
+    They are taken from the observer until learning is enabled, from the first tensor or a loaded state on. Gradients:
+    ``learned_fake_quantize``. The zero point of a symmetric scheme is not learned.
 
     The parameters are there from the beginning, so an optimizer that is made before the first tensor has them. Enable
     learning before the model is wrapped in ``DistributedDataParallel``, which knows only parameters that learn by then.
@@ -123,15 +119,13 @@ class LearnableFakeQuantize(FakeQuantize):
     def _factor(self, x: torch.Tensor) -> float:
         return (x.numel() * self.quant_max) ** -0.5 if self.use_grad_scaling else 1.0
 
-    # Both kernels round a negative zero point wrongly on the way back (torch 2.13: -30 counts as -29). Only its distance
-    # from the bounds matters, so all three are moved until none is negative.
     def _per_tensor(self, x: torch.Tensor) -> torch.Tensor:
-        span = self.quant_max - self.quant_min
-        return PER_TENSOR(x, self.scale, self.zero_point - self.quant_min, 0, span, self._factor(x))
+        limits = (self.quant_min, self.quant_max)
+        return learned_fake_quantize(x, self.scale, self.zero_point, *limits, factor=self._factor(x))
 
     def _per_channel(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int) -> torch.Tensor:
-        span = self.quant_max - self.quant_min
-        return PER_CHANNEL(x, scale, zero_point - self.quant_min, axis, 0, span, self._factor(x))
+        limits = (self.quant_min, self.quant_max)
+        return learned_fake_quantize(x, scale, zero_point, *limits, axis, self._factor(x))
 
     def reset(self) -> None:
         super().reset()

@@ -1,0 +1,144 @@
+"""Rounding to integers and back, with gradients that pass as if nothing was rounded (Bengio et al. 2013).
+
+``y = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale``; as everywhere in torch,
+``x / scale`` is ``x * (1 / scale)`` in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+EXACT = 2**24
+"""Up to here float32 holds every integer."""
+
+
+def fake_quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+) -> torch.Tensor:
+    """Returns ``y``; the gradient of ``x`` is that of ``y`` where it was not clamped, else 0.
+
+    On CPU a few vectorized operators give the bits of torch's kernels, which go element by element, in a fifth of their
+    time (torch 2.13).
+
+    Args:
+        x: float tensor.
+        scale: float32, ``(1,)``, or one per index of ``axis``.
+        zero_point: int32, or float32 for a float zero point; as many.
+        quant_min, quant_max: range of the integers, inclusive.
+        axis: of the channels; None: one scale for all.
+    """
+    is_plain = x.dtype == torch.float32 and x.device.type == "cpu" and not zero_point.is_floating_point()
+    if is_plain and max(-quant_min, quant_max) <= EXACT // 2 and not torch.compiler.is_compiling():
+        inverse, scale, low, high = _factors(x, scale, zero_point, quant_min, quant_max, axis)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return torch.mul(x, inverse).round_().clamp_(low, high).mul_(scale)
+        return _Rounded.apply(x, inverse, scale, low, high)[0]  # type: ignore[index]
+    if axis is None:
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
+    return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, quant_min, quant_max)
+
+
+def _factors(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int, axis: int | None
+) -> tuple[Any, Any, Any, Any]:
+    """Returns ``1 / scale``, ``scale``, and the bounds less the zero point: numbers where one holds for all."""
+    if axis is None:
+        zero = zero_point.item()
+        return (1 / scale).item(), scale.item(), quant_min - zero, quant_max - zero
+    view = [1] * x.dim()
+    view[axis] = -1
+    low, high = quant_min - zero_point, quant_max - zero_point
+    if bool((low == low[0]).all()):
+        return (1 / scale).reshape(view), scale.reshape(view), low[0].item(), high[0].item()
+    return (1 / scale).reshape(view), scale.reshape(view), low.float().reshape(view), high.float().reshape(view)
+
+
+class _Rounded(torch.autograd.Function):
+    """Returns the rounded tensor, and where it was not clamped."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, inverse: Any, scale: Any, low: Any, high: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        steps = torch.mul(x, inverse).round_()
+        kept = steps.clamp(low, high)
+        inside = steps.eq(kept)
+        return kept.mul_(scale), inside
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        del inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (inside,) = ctx.saved_tensors
+        return gradients[0] * inside, None, None, None, None
+
+
+def learned_fake_quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    factor: float = 1.0,
+) -> torch.Tensor:
+    """Returns ``y`` with the gradients of learned step sizes too.
+
+    That of the scale is ``round(v) - v`` for ``v = x / scale`` that was not clamped, else the bound less the zero point
+    (Esser et al. 2020, section 2.1); that of the zero point is ``-scale`` where it was clamped (Bhalgat et al. 2020,
+    section 3.1). torch's own kernels take -29 for a zero point of -30 on the way back (torch 2.13).
+
+    Args:
+        x, quant_min, quant_max, axis: as in ``fake_quantize``.
+        scale, zero_point: float32; the zero point is rounded, and clamped to the range.
+        factor: by which both of these gradients are multiplied.
+    """
+    view = [1] * x.dim()
+    if axis is not None:
+        view[axis] = -1
+    return _Learned.apply(x, scale.reshape(view), zero_point.reshape(view), quant_min, quant_max, factor)[0]  # type: ignore[index]
+
+
+class _Learned(torch.autograd.Function):
+    """Returns the rounded tensor, and where it was not clamped. ``scale`` and ``zero_point`` broadcast to ``x``."""
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int, factor: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        del factor
+        zero = zero_point.round().clamp(quant_min, quant_max)
+        steps = torch.mul(x.float(), 1 / scale).round_()
+        kept = steps.clamp(quant_min - zero, quant_max - zero)
+        inside = steps.eq(kept)
+        return kept.mul_(scale).to(x.dtype), inside
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], inputs[1], *output)
+        ctx.factor = inputs[5]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x, scale, y, inside = ctx.saved_tensors
+        of_x = gradients[0] * inside
+        of_scale = of_zero_point = None
+        if ctx.needs_input_grad[1]:
+            terms = (y.float() - x * inside) * gradients[0]  # (round(v) - v) or the bound, times scale.
+            of_scale = terms.sum_to_size(scale.shape) / scale * ctx.factor
+        if ctx.needs_input_grad[2]:
+            clamped = (gradients[0] - of_x).float().sum_to_size(scale.shape)
+            of_zero_point = clamped * scale * -ctx.factor
+        return of_x, of_scale, of_zero_point, None, None, None
