@@ -151,7 +151,7 @@ def built(load: Callable[..., Any]) -> Built:
 
 @pytest.mark.parametrize("load", [small, resnet18, super_resolution])
 def test_whole_model_against_the_runtime(load):
-    """At most one step. Where this was measured, q/dq form and reference are equal in all, and the runtime in all but one
+    """At most one step. Where this was measured, q/dq form and reference are equal in all, the runtime in all but one
     batch of ResNet-18: XNNPACK's addition has fixed-point multipliers, and one tie in an early one spreads."""
     model = built(load)
     run = run_in_child(lower(model.quantized, model.batches[0]), model.batches)

@@ -12,13 +12,14 @@ import torch
 from torch.fx import GraphModule, Node
 
 from zeropoint.graph.attributes import attribute_reads, tensors_of
+from zeropoint.graph.batch_norms import COUNTER
 from zeropoint.graph.bind import argument
 from zeropoint.graph.compat import fake_mode_of
 from zeropoint.graph.emit import inherit
 from zeropoint.graph.memory import written_by
 
 aten = torch.ops.aten
-STATISTIC, COUNTER = "running_mean", "num_batches_tracked"
+STATISTIC = "running_mean"
 
 
 class Counters:
