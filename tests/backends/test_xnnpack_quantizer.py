@@ -231,6 +231,18 @@ def test_range_that_does_not_hold(arguments: dict[str, int]):
         get_symmetric_quantization_config(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"act_qmin": 1}, r"act_qmin=1, act_qmax=127 leaves out 0\. Choose -128 and 127, which the delegate takes"),
+        ({"weight_qmax": -1}, r"weight_qmin=-127, weight_qmax=-1 leaves out 0\. Choose -127 and 127, or -8 and 7"),
+    ],
+)
+def test_a_range_without_0_says_which_one_to_choose(arguments: dict[str, int], words: str):
+    with pytest.raises(SpecError, match=words):
+        get_symmetric_quantization_config(**arguments)
+
+
 def test_configuration_says_what_was_asked():
     static = get_symmetric_quantization_config(True, False, False, -128, 127, -127, 127)
     assert static.input_activation == static.output_activation

@@ -2,6 +2,7 @@
 
 import functools
 import random
+from dataclasses import dataclass
 
 import models
 import pytest
@@ -12,7 +13,12 @@ from torch.fx import Graph
 from zeropoint.annotate.groups import resolve
 from zeropoint.annotate.plan import Plan
 from zeropoint.core.errors import AnnotationError, SpecError
-from zeropoint.core.specs import DerivedQuantizationSpec, FixedQParamsQuantizationSpec, QuantizationSpec
+from zeropoint.core.specs import (
+    DerivedQuantizationSpec,
+    FixedQParamsQuantizationSpec,
+    QuantizationSpec,
+    QuantizationSpecBase,
+)
 from zeropoint.graph.bind import Site
 from zeropoint.numerics.fake_quantize import FakeQuantize, FixedQParamsFakeQuantize, FusedMovingAvgObsFakeQuantize
 from zeropoint.numerics.observers import (
@@ -177,3 +183,13 @@ def test_what_is_built_must_be_an_observer():
         SpecError, match=r"relu_default: .*built a dict. Give the class of an observer or fake quantizer"
     ):
         only(quantizers.activation(observer_or_fake_quant_ctr=dict))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Guessed(QuantizationSpecBase):
+    dtype: torch.dtype
+
+
+def test_a_spec_of_no_known_kind():
+    with pytest.raises(AnnotationError, match=r"relu_default: Guessed is no spec that an observer is made from"):
+        only(Guessed(torch.int8))
