@@ -56,9 +56,34 @@ def test_a_measured_spec_passes_its_fields():
     assert observer.qscheme == torch.per_tensor_affine
 
 
+class Ema(MovingAveragePerChannelMinMaxObserver):
+    """A subclass whose name says nothing."""
+
+
+class Passing(PerChannelMinMaxObserver):
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+
+
+class Choosing(FakeQuantize):
+    def __init__(self, **settings):
+        super().__init__(observer=PerChannelMinMaxObserver, **settings)
+
+
+class Defaulting(FakeQuantize):
+    def __init__(self, observer=Passing, **settings):
+        super().__init__(observer, **settings)
+
+
 @pytest.mark.parametrize(
     "constructor",
     [
+        Ema,
+        Ema.with_args(averaging_constant=0.1),
+        Passing,
+        Choosing,
+        Defaulting,
+        FakeQuantize.with_args(observer=Ema),
         PerChannelMinMaxObserver,
         PerChannelMinMaxObserver.with_args(eps=2**-12),
         PerChannelMinMaxObserver.with_args(eps=2**-12).with_args(reduce_range=False),
@@ -68,7 +93,22 @@ def test_a_measured_spec_passes_its_fields():
         FakeQuantize.with_args(observer=PerChannelMinMaxObserver.with_args(eps=2**-12)),
         FusedMovingAvgObsFakeQuantize.with_args(observer=MovingAveragePerChannelMinMaxObserver),
     ],
-    ids=["class", "with_args", "with_args twice", "partial", "function", "fake", "fake with_args", "fused"],
+    ids=[
+        "subclass",
+        "subclass with_args",
+        "passing on",
+        "fake choosing",
+        "fake defaulting",
+        "fake of a subclass",
+        "class",
+        "with_args",
+        "with_args twice",
+        "partial",
+        "function",
+        "fake",
+        "fake with_args",
+        "fused",
+    ],
 )
 def test_the_channel_axis_arrives_whatever_the_constructor(constructor):
     observer = only(quantizers.weight(ch_axis=1, observer_or_fake_quant_ctr=constructor))
@@ -80,6 +120,23 @@ def test_the_channel_axis_arrives_whatever_the_constructor(constructor):
 def test_an_observer_without_channels_is_not_given_an_axis():
     observer = only(quantizers.activation(ch_axis=0))
     assert isinstance(observer, MinMaxObserver)
+
+
+@pytest.mark.parametrize("package", ["torch.ao.quantization", "torchao.quantization.pt2e"])
+@pytest.mark.parametrize("name", ["PerChannelMinMaxObserver", "MovingAveragePerChannelMinMaxObserver"])
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
+def test_observers_of_other_packages(package, name):
+    module = pytest.importorskip(package)
+    kind = getattr(module, name)
+    subclass = type("Renamed", (kind,), {})
+    for constructor in (kind, subclass, subclass.with_args(eps=1e-6), module.FakeQuantize.with_args(observer=subclass)):
+        observer = only(quantizers.weight(ch_axis=1, observer_or_fake_quant_ctr=constructor))
+        assert observer.ch_axis == 1
+    for other in ("MinMaxObserver", "HistogramObserver", "FakeQuantize"):  # They have no such argument.
+        observer = only(
+            quantizers.activation(qscheme=None, ch_axis=0, observer_or_fake_quant_ctr=getattr(module, other))
+        )
+        assert getattr(observer, "ch_axis", -1) == -1
 
 
 def test_fixed_specs():

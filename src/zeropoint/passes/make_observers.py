@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch.fx import GraphModule
@@ -87,7 +87,7 @@ def _build(group: Group, sources: list[Any], fixed: Callable[..., Any]) -> Any:
             return fixed(**_arguments(spec))
         case QuantizationSpec(observer_or_fake_quant_ctr=constructor):
             arguments = _arguments(spec, "observer_or_fake_quant_ctr")
-            if spec.qscheme in PER_TENSOR or not _is_per_channel(constructor):
+            if spec.qscheme in PER_TENSOR or not _takes_channel_axis(constructor):
                 arguments.pop("ch_axis", None)
             return _built(constructor, arguments, where)
         case _:
@@ -116,18 +116,39 @@ def _arguments(spec: Any, *left_out: str) -> dict[str, Any]:
     return {name: value for name, value in named if value is not None}
 
 
-def _is_per_channel(constructor: Any) -> bool:
+def _takes_channel_axis(constructor: Any) -> bool:
     """True when the observer behind the constructor, or behind a fake quantizer's ``observer``, has a channel axis."""
     keywords: dict[str, Any] = {}
     while isinstance(partial := getattr(constructor, "p", constructor), functools.partial):
         keywords = {**partial.keywords, **keywords}
         constructor = partial.func
     if "observer" in keywords:
-        return _is_per_channel(keywords["observer"])
+        return _takes_channel_axis(keywords["observer"])
     if inspect.isclass(constructor):
-        return "PerChannel" in constructor.__name__ or "ch_axis" in inspect.signature(constructor).parameters
+        return "PerChannel" in constructor.__name__ or _class_takes_channel_axis(constructor)
     parameters = inspect.signature(constructor).parameters
-    return "ch_axis" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return "ch_axis" in parameters or _takes_any_name(parameters.values())
+
+
+def _class_takes_channel_axis(kind: type) -> bool:
+    """True when the class, or a base to which it passes on the names that it does not know, has a channel axis."""
+    own = True
+    for base in kind.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters
+        if "ch_axis" in parameters:
+            return True
+        if "observer" in parameters:  # A fake quantizer; one that is built on it may choose the observer itself.
+            return not own or _takes_channel_axis(parameters["observer"].default)
+        if not _takes_any_name(parameters.values()):
+            return False
+        own = False
+    return False
+
+
+def _takes_any_name(parameters: Iterable[inspect.Parameter]) -> bool:
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _place(site: Site) -> EdgeOrNode:
