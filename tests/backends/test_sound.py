@@ -607,7 +607,7 @@ def test_lowering_leaves_the_model_as_it_was():
 def test_graph_of_another_backend_is_refused():
     inputs = (torch.randn(ROWS),)
     model = exported(through(Layer((6, 8)), lambda m, x: fake(m(fake(x)), OUT)), *inputs)
-    model.meta["zeropoint"] = SimpleNamespace(policy=BackendPolicy("ethos-u", "int32"))
+    model.meta["zeropoint"] = SimpleNamespace(policy=BackendPolicy("ethos-u", "float"))
     with pytest.raises(LoweringError, match=r"annotated for the backend 'ethos-u'.*Annotate it with XNNPACKQuantizer"):
         lower(model, inputs)
 
