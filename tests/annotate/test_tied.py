@@ -9,8 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from zeropoint.annotate.patterns import ACT, Pattern, Table, Weight
+from zeropoint.annotate.table_quantizer import TableQuantizer
 from zeropoint.backends.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config
 from zeropoint.core.errors import AnnotationError
+from zeropoint.core.policy import BackendPolicy
 from zeropoint.workflow import convert_pt2e, prepare_pt2e
 
 INT8 = get_symmetric_quantization_config(is_per_channel=True)
@@ -93,6 +96,25 @@ def test_the_channel_axis_of_the_operator_is_no_choice():
             return F.conv_transpose2d(F.conv2d(x, self.weight), self.weight)
 
     assert stored(Both(), XNNPACKQuantizer().set_global(INT8), torch.randn(1, 4, 6, 6))[0] is torch.int8
+
+
+def test_what_counts_is_who_leaves_a_reader_out_not_in_which_words():
+    class Device(TableQuantizer):
+        table = Table(
+            "tiny",
+            (
+                Pattern(
+                    "linear",
+                    ((torch.ops.aten.linear.default,),),
+                    {"input": ACT, "weight": Weight(0)},
+                    when=(lambda match: "the device leaves it out" if "_1" in match.head.name else None,),
+                ),
+            ),
+        )
+        policy = BackendPolicy("tiny", "float")
+
+    assert len(stored(Tied(), Device().set_global(INT8))) == 2
+    assert len(stored(Tied(), Device().set_module_name("a", INT8).set_module_name("b", INT8))) == 2
 
 
 @pytest.mark.parametrize("second", [None, quantizers.weight(quant_min=-8, quant_max=7)])

@@ -66,7 +66,7 @@ def _rank(decision: Decision | None) -> int:
             return 0
         case Decision(refusal=None):
             return 4
-        case Decision(refusal=reason) if reason == NOT_SELECTED:
+        case Decision(refused_by="no rule"):
             return 1
         case Decision(pattern=""):
             return 2
@@ -88,7 +88,7 @@ def _decide(node: Node, table: Table, rules: Rules, context: Context) -> Decisio
         return Decision(name, (node,), table.float_reason(node))
     config, excluded = rules.choose(node)
     if config is None:
-        return Decision(name, (node,), excluded)
+        return Decision(name, (node,), excluded, "rule" if rules.leaves_out(node) else "no rule")
     match = Match(pattern, node, _before(pattern, node), _fused(pattern, node, rules, config), config, context)
     refusal = _refusal(match)
     if refusal is not None:

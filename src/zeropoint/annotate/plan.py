@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch.fx import Node
 
@@ -32,11 +32,14 @@ class Decision:
         pattern: name of the row that matched; empty where none did.
         nodes: the nodes it covers, head first.
         refusal: None when they are quantized, else the reason why not, as a sentence.
+        refused_by: whose reason that is: the backend's, a rule's that leaves the nodes out, or that no rule selects
+            them.
     """
 
     pattern: str
     nodes: tuple[Node, ...]
     refusal: str | None = None
+    refused_by: Literal["backend", "rule", "no rule"] = "backend"
 
 
 @dataclass

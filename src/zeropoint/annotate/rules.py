@@ -39,8 +39,11 @@ class Rules:
         """Returns the node's configuration, or None with the reason why it stays float."""
         if self.filter_function is not None and not self.filter_function(node):
             return None, "the filter function leaves it out"
-        rule = next(self._on(module_stack(node), targets_of(node)), None)
+        rule = self._winner(node)
         return (self.everything, NOT_SELECTED) if rule is None else (rule[1], f"{rule[0]}, None) leaves it out")
+
+    def _winner(self, node: Node) -> tuple[str, Choice] | None:
+        return next(self._on(module_stack(node), targets_of(node)), None)
 
     def _on(self, stack: Stack, targets: tuple[Any, ...]) -> Iterator[tuple[str, Choice]]:
         """Yields the rules that select a node, the one that wins first: the beginning of its call, and its choice."""
@@ -57,8 +60,10 @@ class Rules:
 
     def leaves_out(self, node: Node) -> bool:
         """True when a rule says that the node stays float, rather than no rule saying anything."""
-        config, reason = self.choose(node)
-        return config is None and reason != NOT_SELECTED
+        if self.filter_function is not None and not self.filter_function(node):
+            return True
+        rule = self._winner(node)
+        return rule is not None and rule[1] is None
 
     def is_for_training(self) -> bool:
         """True when a configuration asks for fake quantizers."""

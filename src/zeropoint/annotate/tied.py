@@ -8,7 +8,6 @@ from dataclasses import replace
 from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.plan import Plan, describe_spec
-from zeropoint.annotate.rules import NOT_SELECTED
 from zeropoint.core.errors import AnnotationError
 from zeropoint.core.specs import QuantizationSpec
 from zeropoint.graph.attributes import attribute_reads, tensors_of
@@ -54,19 +53,15 @@ def _reads_by_tensor(model: GraphModule) -> list[list[Site]]:
 def _contradicts(plan: Plan, chosen: Site, site: Site) -> bool:
     """True when a rule wants something else of the tensor at ``site`` than at ``chosen``, where it is quantized."""
     if site not in plan.specs:
-        refusal = _refusal(plan, site.node)
-        return refusal.endswith("leaves it out") or (refusal == NOT_SELECTED and _is_by_rule(plan, chosen.node))
+        decision = plan.decisions.get(site.node)
+        by = None if decision is None else decision.refused_by
+        return by == "rule" or (by == "no rule" and _is_by_rule(plan, chosen.node))
     specs = [plan.specs[each] for each in (chosen, site)]
     if not all(_is_by_rule(plan, each.node) for each in (chosen, site)):
         return False
     # The axis is the operator's: a convolution and a transposed one read one weight by one rule.
     plain = [replace(spec, ch_axis=None) for spec in specs if isinstance(spec, QuantizationSpec)]
     return len(plain) == 2 and plain[0] != plain[1]
-
-
-def _refusal(plan: Plan, node: Node) -> str:
-    decision = plan.decisions.get(node)
-    return "" if decision is None or decision.refusal is None else decision.refusal
 
 
 def _is_by_rule(plan: Plan, node: Node) -> bool:
@@ -78,4 +73,4 @@ def _is_by_rule(plan: Plan, node: Node) -> bool:
 def _wanted(plan: Plan, site: Site) -> str:
     if site in plan.specs:
         return f"{site} is quantized to {describe_spec(plan.specs[site])}"
-    return f"{site} is left float ({_refusal(plan, site.node)})"
+    return f"{site} is left float ({plan.decisions[site.node].refusal})"
