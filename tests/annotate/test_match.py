@@ -17,7 +17,7 @@ from zeropoint.annotate.read import read_plan
 from zeropoint.annotate.rules import Rules
 from zeropoint.annotate.table_quantizer import TableQuantizer
 from zeropoint.core.configs import QuantizationConfig
-from zeropoint.core.errors import NothingQuantizedError, RuleError
+from zeropoint.core.errors import NothingQuantizedError, RuleError, SpecError
 from zeropoint.core.policy import BackendPolicy
 from zeropoint.core.specs import SharedQuantizationSpec
 from zeropoint.graph.bind import Site
@@ -63,6 +63,14 @@ def annotated(build, rules=None, *arguments):
 
 def decision(model, operator, index=0):
     return models.find(model, operator, index).meta[DECISION_KEY]
+
+
+def test_two_rows_with_one_head_operator():
+    add, relu = (aten.add.Tensor, aten.add_.Tensor), (aten.relu.default,)
+    rows = (Pattern("sum", (add,), {}), Pattern("mean", ((aten.mean.dim,),), {}), Pattern("add", (add[1:], relu), {}))
+    words = r"the table of tiny: the rows 'sum' and 'add' have one head operator, aten.add_.Tensor. Make them one row"
+    with pytest.raises(SpecError, match=words):
+        Table("tiny", rows)
 
 
 def test_a_chain_is_annotated_at_its_ends():
@@ -188,6 +196,12 @@ class TestTableQuantizer:
         assert quantizer.set_module_type(nn.Linear, CONFIG) is quantizer
         assert quantizer.set_operator_type(aten.linear.default, CONFIG) is quantizer
         assert quantizer.set_filter_function(lambda node: True) is quantizer
+
+    def test_of_two_patterns_the_one_that_is_set_last_wins_also_when_it_is_set_again(self):
+        quantizer = Tiny().set_module_name("*.conv", CONFIG).set_module_name("blocks.1.*", None)
+        node = models.find(models.exported(models.net), "conv2d", 1)
+        assert quantizer.rules.choose(node)[0] is None
+        assert quantizer.set_module_name("*.conv", CONFIG).rules.choose(node)[0] is CONFIG
 
     @pytest.mark.parametrize("setter", ["set_global", "set_module_name"])
     def test_something_else_is_no_configuration(self, setter):

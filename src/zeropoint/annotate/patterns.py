@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from zeropoint.core.configs import QuantizationConfig
+from zeropoint.core.errors import SpecError
 from zeropoint.graph.bind import argument, bind
 from zeropoint.graph.memory import Memory
 
@@ -163,7 +164,11 @@ Reason: TypeAlias = str | Callable[[Node], str]
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A backend's rows, indexed by head operator, and the operators that it computes in float only."""
+    """A backend's rows, indexed by head operator, and the operators that it computes in float only.
+
+    Raises:
+        SpecError: two rows have one head operator; names both.
+    """
 
     backend: str
     patterns: tuple[Pattern, ...]
@@ -172,7 +177,13 @@ class Table:
     _reasons: dict[Any, Reason] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        heads = {operator: pattern for pattern in self.patterns for operator in pattern.chain[0]}
+        heads: dict[Any, Pattern] = {}
+        for pattern in self.patterns:
+            for operator in pattern.chain[0]:
+                if (other := heads.setdefault(operator, pattern)) is not pattern:
+                    what = f"the rows {other.name!r} and {pattern.name!r} have one head operator, {operator}"
+                    remedy = "Make them one row; what tells them apart is a condition of it."
+                    raise SpecError(what, where=f"the table of {self.backend}", remedy=remedy)
         object.__setattr__(self, "_by_head", heads)
         reasons = {operator: reason for operators, reason in self.float_only for operator in operators}
         object.__setattr__(self, "_reasons", reasons)

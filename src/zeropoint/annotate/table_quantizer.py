@@ -46,7 +46,9 @@ class TableQuantizer(Quantizer):
         if not isinstance(module_name, str):
             remedy = 'Give the path of a module, e.g. "encoder.layers.0".'
             raise RuleError(f"{module_name!r} is no module name", where="set_module_name", remedy=remedy)
-        self.rules.by_module_name[module_name] = _checked(quantization_config, "set_module_name")
+        choice = _checked(quantization_config, "set_module_name")
+        self.rules.by_module_name.pop(module_name, None)  # What is set again is set last, and wins.
+        self.rules.by_module_name[module_name] = choice
         return self
 
     def set_module_type(self, module_type: type | str, quantization_config: Choice) -> Self:
