@@ -384,7 +384,7 @@ def test_what_was_saved_whole_switches():
         file.seek(0)
         loaded = torch.load(file, weights_only=False)
         assert isinstance(loaded, ExplainedModule) == isinstance(model, ExplainedModule)
-        for each in (loaded, copy.deepcopy(loaded)):
+        for each in (loaded, copy.deepcopy(loaded), copy.copy(model)):
             assert torch.equal(each(X), model(X))
             assert models.find(each.train(), "dropout").args[1:] == (0.3, True)
             assert torch.equal(each.eval()(X), model(X))

@@ -447,7 +447,8 @@ def test_metadata_of_existing_nodes_is_kept():
     for node in convert_pt2e(model).graph.nodes:
         for key, value in before.get(node.name, {}).items():
             assert key in node.meta
-            assert key == "val" or node.meta[key] == value
+            is_folded = key == "from_node" and node.name.startswith("conv2d")  # It computes batch norm now.
+            assert key == "val" or is_folded or node.meta[key] == value
 
 
 def test_the_models_own_metadata_is_kept():

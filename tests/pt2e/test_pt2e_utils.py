@@ -15,11 +15,6 @@ export_utils = pytest.importorskip("torchao.quantization.pt2e.export_utils")
 aten = torch.ops.aten
 
 
-@pytest.mark.parametrize("name", [*ours.__all__])
-def test_names_are_torchaos(name):
-    assert hasattr(theirs, name)
-
-
 def layers():
     def forward(m, x):
         y = m.deep(m.transposed(m.conv(x)))

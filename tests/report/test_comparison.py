@@ -190,7 +190,3 @@ def test_summaries():
 def test_recordings_that_cannot_be_compared(ref, actual, words):
     with pytest.raises(ComparisonError, match=words):
         ours.compare_results(ref, actual)
-
-
-def test_names_are_torchaos():
-    assert not [name for name in ours.__all__ if not hasattr(theirs, name)]

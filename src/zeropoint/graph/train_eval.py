@@ -85,9 +85,15 @@ class SwitchedModule(GraphModule):
         _move(self, training=mode)
         return self
 
+    def __copy__(self) -> GraphModule:
+        return _rebuild(_kind(self), super().__copy__, ())
+
     def __reduce__(self) -> tuple[Any, ...]:
-        kind = next(each for each in type(self).__mro__ if not each.__qualname__.endswith("GraphModuleImpl"))
-        return _rebuild, (kind, *super().__reduce__())
+        return _rebuild, (_kind(self), *super().__reduce__())
+
+
+def _kind(model: GraphModule) -> type[GraphModule]:
+    return next(each for each in type(model).__mro__ if not each.__qualname__.endswith("GraphModuleImpl"))
 
 
 def _rebuild(kind: type[GraphModule], rebuild: Callable[..., GraphModule], arguments: tuple[Any, ...]) -> GraphModule:
