@@ -2,12 +2,19 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from zeropoint.numerics import straight_through
 from zeropoint.numerics.straight_through import fake_quantize, learned_fake_quantize
 
 RANGES = [(-128, 127), (-127, 127), (0, 255), (-8, 7), (0, 1), (-32768, 32767), (-(2**31), 2**31 - 1)]
+
+
+@pytest.fixture(autouse=True)
+def _vectorized(monkeypatch):
+    """Small tensors too are rounded by the operators that large ones are rounded by."""
+    monkeypatch.setattr(straight_through, "FEW", 0)
 
 
 def both(x, scale, zero_point, low, high, axis):
@@ -27,7 +34,7 @@ def both(x, scale, zero_point, low, high, axis):
     return found
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     limits=st.sampled_from(RANGES),
     scale=st.floats(2**-20, 4, width=32),
@@ -104,3 +111,11 @@ def test_gradients_of_gradients_and_transforms():
     (second,) = torch.autograd.grad(gradient.sum(), x)
     assert second.tolist() == [2.0, 0.0, 2.0]
     assert torch.equal(torch.func.grad(loss)(x.detach()), gradient.detach())
+
+
+@pytest.mark.parametrize("few", [0, 100])
+def test_few_elements_are_left_to_the_kernel(few, monkeypatch):
+    monkeypatch.setattr(straight_through, "FEW", few)
+    x = torch.randn(50, requires_grad=True)
+    result = fake_quantize(x, torch.tensor([0.1]), torch.tensor([0], dtype=torch.int32), -8, 7)
+    assert ("FakeQuantize" in type(result.grad_fn).__name__) == (few > 50)
