@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from zeropoint.backends.xnnpack import edge
+from zeropoint.backends.xnnpack.embedding import look_up_bytes
 from zeropoint.backends.xnnpack.repair import give_each_batch_norm_its_weight, repair
 from zeropoint.backends.xnnpack.sound import SIZE_RULES, check_sound
 from zeropoint.backends.xnnpack.transform import TO_LOWER, spell
@@ -82,6 +83,7 @@ def lower_program(
     inputs = inputs_for(model, example_inputs, EXAMPLES)
     erase_no_ops(model)
     spell(model, TO_LOWER)
+    look_up_bytes(model)
     repair(model)
     check_sound(model)
     return _lower(model, inputs, dynamic_shapes)

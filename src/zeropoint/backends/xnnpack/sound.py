@@ -271,12 +271,26 @@ def batch_of_mean_is_known(model: GraphModule, node: Node) -> tuple[str, str] | 
     return "its batch is free, and the integer kernel is right for a known batch only", "Leave it float."
 
 
+def zero_points_are_integers(model: GraphModule, node: Node) -> tuple[str, str] | None:
+    """Outside of embedding tables, which ``lower`` has looked up as bytes, a float zero point aborts the process."""
+    if node.target is not ops.DEQUANTIZE_PER_CHANNEL or not isinstance(node.args[2], Node):
+        return None
+    zero_point = node.args[2].meta["val"]
+    if not zero_point.is_floating_point():
+        return None
+    readers = ", ".join(reader.name for reader in node.users)
+    what = (
+        f"its zero points are {zero_point.dtype}; there is a kernel for embedding tables only, and {readers} reads it"
+    )
+    return what, "Use torch.per_channel_symmetric, or torch.per_channel_affine."
+
+
 SIZE_RULES: tuple[Rule, ...] = (batch_of_mean_is_known,)
 """What depends on the sizes that lowering leaves free: checked on the program that is lowered."""
 RULES: tuple[Rule, ...] = (
     is_in_eval_mode, has_a_kernel, activations_are_int8, factors_are_float, output_is_quantized, input_is_quantized,
     weight_is_stored, weight_is_symmetric, channel_axis_has_a_kernel, groups_have_a_kernel, bias_is_float,
-    bias_fits_int32, rescaling_is_below_256, scales_are_equal, *SIZE_RULES,
+    bias_fits_int32, rescaling_is_below_256, scales_are_equal, zero_points_are_integers, *SIZE_RULES,
 )  # fmt: skip
 
 
