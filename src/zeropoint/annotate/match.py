@@ -21,7 +21,7 @@ from zeropoint.annotate.patterns import (
     is_float32,
 )
 from zeropoint.annotate.plan import DECISION_KEY, Decision
-from zeropoint.annotate.rules import NOT_SELECTED, Rules
+from zeropoint.annotate.rules import Rules
 from zeropoint.core.configs import QuantizationConfig
 from zeropoint.core.specs import PER_CHANNEL, QuantizationSpecBase, SharedQuantizationSpec
 from zeropoint.graph.batch_norms import BATCH_NORMS, STAYS, keeps_statistics
