@@ -19,7 +19,7 @@ from zeropoint.graph.source import describe
 from zeropoint.numerics.affine_fake_quantize import AffineFakeQuantize
 from zeropoint.numerics.observers import AffineQuantizedObserverBase
 from zeropoint.numerics.scratch import LateWrites
-from zeropoint.passes.blocks import affine_of, check_layout
+from zeropoint.passes.affine_blocks import affine_of, check_layout
 from zeropoint.passes.qparams_of import QParams, affine_saw_nothing, observe_constant, observer_of, qparams_of
 from zeropoint.passes.run_time import PASS, check_run_time, quantize_at_run_time, to_half_and_back, value_dtype
 

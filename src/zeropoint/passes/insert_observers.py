@@ -21,7 +21,7 @@ from zeropoint.graph.memory import Memory, shares_memory_with, written_by
 from zeropoint.graph.source import describe
 from zeropoint.numerics.fake_quantize import FakeQuantizeBase
 from zeropoint.numerics.observers.repeated import RepeatedObserver
-from zeropoint.passes.blocks import affine_of, check_layout
+from zeropoint.passes.affine_blocks import affine_of, check_layout
 from zeropoint.passes.make_observers import Observers
 from zeropoint.passes.qparams_of import group_size_of
 

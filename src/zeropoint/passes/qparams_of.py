@@ -19,7 +19,7 @@ from zeropoint.numerics import ops
 from zeropoint.numerics.blocks import quantize_in_blocks
 from zeropoint.numerics.observers import ObserverBase
 from zeropoint.numerics.qparams import FLOAT32_EPS
-from zeropoint.passes.blocks import Layout, affine_of, layout_of, torchao_ops
+from zeropoint.passes.affine_blocks import Layout, affine_of, layout_of, torchao_ops
 
 IN_BLOCKS = (torch.int8, torch.uint8, torch.int16)
 

@@ -15,7 +15,7 @@ from zeropoint.graph.emit import Emitter
 from zeropoint.graph.source import describe
 from zeropoint.numerics import ops
 from zeropoint.numerics.observers import AffineQuantizedObserverBase
-from zeropoint.passes.blocks import affine_of, blocks_of, is_symmetric, run_time, torchao_ops
+from zeropoint.passes.affine_blocks import affine_of, blocks_of, is_symmetric, run_time, torchao_ops
 from zeropoint.passes.qparams_of import eps_of, limits_of
 
 PASS = "convert"

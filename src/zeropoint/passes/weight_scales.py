@@ -23,7 +23,7 @@ from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.constants import constant_nodes, evaluate
 from zeropoint.graph.layers import LAYERS, groups_of
 from zeropoint.numerics.granularity import PerAxis, PerTensor
-from zeropoint.passes.blocks import affine_of
+from zeropoint.passes.affine_blocks import affine_of
 from zeropoint.passes.qparams_of import QParams, group_size_of, observe_constant, observer_of, qparams_of
 
 SMALLEST_DENOMINATOR = 256

@@ -20,7 +20,7 @@ from zeropoint.numerics.observers import (
     AffineQuantizedMovingAverageMinMaxObserver,
     AffineQuantizedPlaceholderObserver,
 )
-from zeropoint.passes.blocks import Layout, layout_of
+from zeropoint.passes.affine_blocks import Layout, layout_of
 from zeropoint.workflow import convert_pt2e, prepare_pt2e
 
 SYMMETRIC, ASYMMETRIC = MappingType.SYMMETRIC, MappingType.ASYMMETRIC
