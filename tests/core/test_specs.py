@@ -1,4 +1,4 @@
-"""Specs are values: equal when they would quantize equally."""
+"""Specs are values: equal when all their fields are."""
 
 import copy
 import functools

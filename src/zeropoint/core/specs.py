@@ -1,7 +1,8 @@
 """The four kinds of spec that an annotation holds: measured, fixed, shared and derived.
 
 Field names and their order are those of the PT2E annotation API. Specs are frozen, hashable and compare by value:
-two specs are equal when they would quantize equally, the observer and its arguments included.
+two specs are equal when all their fields are, the arguments of the observer included, and a legacy dtype is that of the
+same integers. A range of None is not equal to the whole range of the dtype, though both quantize alike.
 """
 
 from __future__ import annotations
