@@ -28,7 +28,7 @@ from zeropoint.backends.xnnpack import (
 )
 from zeropoint.backends.xnnpack.sound import RULES, SIZE_RULES, check_sound, unsound
 from zeropoint.core.errors import LoweringError, RuntimeFailure, VerificationError
-from zeropoint.core.policy import BackendPolicy
+from zeropoint.core.policy import RECORD_KEY, BackendPolicy
 from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.runtime.child import run_in_child
 from zeropoint.runtime.verify import verify
@@ -607,7 +607,7 @@ def test_lowering_leaves_the_model_as_it_was():
 def test_graph_of_another_backend_is_refused():
     inputs = (torch.randn(ROWS),)
     model = exported(through(Layer((6, 8)), lambda m, x: fake(m(fake(x)), OUT)), *inputs)
-    model.meta["zeropoint"] = SimpleNamespace(policy=BackendPolicy("ethos-u", "float"))
+    model.meta[RECORD_KEY] = SimpleNamespace(policy=BackendPolicy("ethos-u", "float"))
     with pytest.raises(LoweringError, match=r"annotated for the backend 'ethos-u'.*Annotate it with XNNPACKQuantizer"):
         lower(model, inputs)
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 from zeropoint.core.errors import SpecError
 
+RECORD_KEY = "zeropoint"
+"""Metadata of a model: the record of its quantization, whose ``policy`` is that of the backend that it is made for."""
 BIASES = ("float", "float on the int32 grid")
 
 

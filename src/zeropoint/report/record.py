@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.annotation import Q_ANNOTATION_KEY
 from zeropoint.core.errors import GraphError
-from zeropoint.core.policy import BackendPolicy
+from zeropoint.core.policy import RECORD_KEY, BackendPolicy
 from zeropoint.graph.attributes import get_attribute, tensors_of
 from zeropoint.graph.bind import argument
 from zeropoint.numerics import ops
@@ -17,7 +17,6 @@ from zeropoint.passes.convert import has_observers
 from zeropoint.passes.round_biases import BiasRounding
 from zeropoint.report.coverage import CoverageRow, quantized_count
 
-RECORD_KEY = "zeropoint"
 Representation: TypeAlias = Literal["q/dq", "reference"]
 """Quantize and dequantize operators around float ones, or integer arithmetic."""
 

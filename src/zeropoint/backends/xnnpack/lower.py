@@ -15,12 +15,14 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from zeropoint.backends.xnnpack import edge
+from zeropoint.backends.xnnpack.config import POLICY
 from zeropoint.backends.xnnpack.embedding import look_up_bytes
 from zeropoint.backends.xnnpack.repair import give_each_batch_norm_its_weight, repair
 from zeropoint.backends.xnnpack.sound import SIZE_RULES, check_sound
 from zeropoint.backends.xnnpack.transform import TO_LOWER, spell
 from zeropoint.core.errors import LoweringError
 from zeropoint.core.extras import import_extra
+from zeropoint.core.policy import RECORD_KEY
 from zeropoint.graph.capture import capture, require_exported
 from zeropoint.graph.compat import is_tensor_value, largest_size
 from zeropoint.graph.emit import complete_values
@@ -28,7 +30,6 @@ from zeropoint.graph.graph_pass import recompile
 from zeropoint.graph.inputs import free_axes, free_sizes, inputs_for, with_free_sizes
 from zeropoint.graph.no_ops import erase_no_ops
 
-NAME = "xnnpack"
 REFERENCE = torch.ops.higher_order.out_dtype
 """An operator that the reference representation has, and no other graph."""
 EXAMPLES = "example_inputs"
@@ -97,8 +98,8 @@ def lower_float(model: nn.Module, example_inputs: tuple[Any, ...], *, dynamic_sh
 
 
 def _check_made_for(model: GraphModule) -> None:
-    policy = getattr(model.meta.get("zeropoint"), "policy", None)
-    if policy is not None and policy.name != NAME:
+    policy = getattr(model.meta.get(RECORD_KEY), "policy", None)
+    if policy is not None and policy.name != POLICY.name:
         what = f"the graph was annotated for the backend {policy.name!r}"
         raise LoweringError(what, where="xnnpack.lower", remedy="Annotate it with XNNPACKQuantizer.")
 
