@@ -1,4 +1,7 @@
-"""Private torch names, all of them, and the torch versions that have them. No other file imports one.
+"""Private torch names, and the torch versions that have them. No other file imports one, with two exceptions.
+
+``torch.utils._pytree`` is used everywhere; and ``numerics.ops``, a layer below, imports
+``torch.ao.quantization.fx._decomposed`` (2.0 to 2.13) by its name, which registers operators.
 
 | name | where | versions |
 |---|---|---|
@@ -30,7 +33,23 @@ from torch.fx.traceback import NodeSource, NodeSourceAction
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 
-__all__ = ["FakeTensor", "HigherOrderOperator", "OpOverload", "created_from", "fake_mode_of"]
+__all__ = [
+    "FakeTensor",
+    "HigherOrderOperator",
+    "OpOverload",
+    "as_in_export",
+    "created_from",
+    "depends_on_another",
+    "fake_like",
+    "fake_mode_of",
+    "flatten_as",
+    "input_structure",
+    "is_tensor_list",
+    "is_tensor_value",
+    "largest_size",
+    "return_tuple",
+    "size_in_example",
+]
 
 
 def created_from(node: Node, pass_name: str) -> list[NodeSource]:
@@ -48,6 +67,14 @@ def input_structure(graph: Graph) -> pytree.TreeSpec | None:
     """Returns the structure of a graph's arguments, ``(positional, by name)``; None where it takes leaves."""
     info = getattr(graph._codegen, "pytree_info", None)
     return None if info is None else info.in_spec
+
+
+def return_tuple(graph: Graph, count: int) -> None:
+    """Makes what a graph returns a tuple of so many values, where it returned another structure."""
+    codegen: Any = graph._codegen
+    if hasattr(codegen, "pytree_info"):
+        spec = pytree.tree_structure((0,) * count)
+        codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
 
 
 def flatten_as(tree: Any, structure: pytree.TreeSpec) -> list[Any]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Container, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from zeropoint.graph.chains import ancestors, sole_reader
+from zeropoint.graph.compat import return_tuple
 from zeropoint.graph.graph_pass import remove_dead_code
 from zeropoint.graph.layers import CLAMPS
 from zeropoint.numerics import ops
@@ -21,46 +20,46 @@ FUSED = (*CLAMPS, torch.ops.aten.clamp.default)
 Q_AND_DQ = (*ops.QUANTIZE_OPS, *ops.DEQUANTIZE_OPS)
 
 
-def first_place(places: Sequence[Node], ends: Sequence[Node], goes_wrong: Callable[[Node], bool]) -> Node | None:
+def first_place(candidates: Sequence[Node], ends: Sequence[Node], goes_wrong: Callable[[Node], bool]) -> Node | None:
     """Returns an operator with which the graph goes wrong, while it does not with those before it; None for none.
 
     Args:
-        places: operators after which the graph can be cut, in its order.
+        candidates: operators after which the graph can be cut, in its order.
         ends: nodes that are searched backwards from, the first that goes wrong of them.
         goes_wrong: of the beginning that ends with a place. Asked about few of them: the search is a bisection, again
             for each branch that goes wrong.
     """
     ask = functools.cache(goes_wrong)
-    known = set(places)
+    known = set(candidates)
     wrong = next((place for end in ends for place in _nearest([end], known) if ask(place)), None)
     culprit = None
     while wrong is not None:
         before = ancestors(wrong)
-        culprit = _bisected([place for place in places if place in before or place is wrong], ask)
+        culprit = _bisected([place for place in candidates if place in before or place is wrong], ask)
         wrong = next((place for place in _nearest(culprit.all_input_nodes, known) if ask(place)), None)
     return culprit
 
 
-def _bisected(places: list[Node], goes_wrong: Callable[[Node], bool]) -> Node:
-    """Returns a place that goes wrong after one that does not, of places of which the last goes wrong."""
-    low, high = 0, len(places) - 1
+def _bisected(candidates: list[Node], goes_wrong: Callable[[Node], bool]) -> Node:
+    """Returns a place that goes wrong after one that does not, of candidates of which the last goes wrong."""
+    low, high = 0, len(candidates) - 1
     while low < high:
         middle = (low + high) // 2
-        if goes_wrong(places[middle]):
+        if goes_wrong(candidates[middle]):
             high = middle
         else:
             low = middle + 1
-    return places[low]
+    return candidates[low]
 
 
-def _nearest(nodes: Iterable[Node], places: Container[Node]) -> list[Node]:
-    """Returns the places among nodes, or those that are met first on the way back from them."""
+def _nearest(nodes: Iterable[Node], candidates: Container[Node]) -> list[Node]:
+    """Returns the candidates among nodes, or those that are met first on the way back from them."""
     found: dict[Node, None] = {}
     seen: set[Node] = set()
     waiting = list(nodes)
     while waiting:
         current = waiting.pop()
-        if current in places:
+        if current in candidates:
             found[current] = None
         elif current not in seen:
             seen.add(current)
@@ -96,7 +95,7 @@ def beginning(converted: GraphModule, names: Sequence[str]) -> GraphModule:
     output = next(node for node in part.graph.nodes if node.op == "output")
     output.args = (tuple(_with_q_and_dq(by_name[name], output) for name in names),)
     remove_dead_code(part.graph)
-    _returns_tuple(part, len(names))
+    return_tuple(part.graph, len(names))
     return GraphModule(part, part.graph)
 
 
@@ -108,11 +107,3 @@ def _with_q_and_dq(node: Node, output: Node) -> Node:
         dequantized = node.graph.call_function(ops.DEQUANTIZE_PER_TENSOR, (quantize, *quantize.args[1:]))
     dequantized.meta["val"] = node.meta["val"]
     return dequantized
-
-
-def _returns_tuple(model: GraphModule, count: int) -> None:
-    """Makes the graph's output convention that of a tuple of tensors."""
-    codegen: Any = model.graph._codegen
-    if hasattr(codegen, "pytree_info"):
-        spec = pytree.tree_structure((torch.empty(0),) * count)
-        codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
