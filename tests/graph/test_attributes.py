@@ -9,7 +9,6 @@ from zeropoint.core.errors import GraphError
 from zeropoint.graph.attributes import (
     Names,
     attribute_reads,
-    delete_attribute,
     get_attribute,
     set_parameter,
     tensors_of,
@@ -42,21 +41,6 @@ def test_set_parameter_keeps_the_kind():
     assert not isinstance(model.layer.running_mean, nn.Parameter)
     assert set(model.state_dict()) == {f"layer.{n}" for n in nn.BatchNorm1d(3).state_dict()}
     assert model.plain.item() == 1
-
-
-def test_delete_attribute_removes_the_containers_that_it_leaves_empty():
-    model = nn.Module()
-    model.a, model.a.b, model.a.b.c = nn.Module(), nn.Module(), nn.Linear(1, 1, bias=False)
-    model.a.b.c = nn.Module()
-    model.a.b.c.weight = nn.Parameter(torch.ones(1))
-    delete_attribute(model, "a.b.c.weight")
-    assert not model._modules
-
-
-def test_delete_attribute_keeps_what_is_in_use():
-    model = nn.Sequential(nn.Linear(2, 2))
-    delete_attribute(model, "0.weight")
-    assert list(model.state_dict()) == ["0.bias"]
 
 
 def test_names_are_unused_and_cost_no_search_from_zero():

@@ -205,9 +205,3 @@ def _output_spec(match: Match, first: Input) -> QuantizationSpecBase | None:
     if isinstance(match.pattern.output, Shared):
         return SharedQuantizationSpec((first.source, first.reader))
     return match.config.output_activation
-
-
-def coverage_of(model: GraphModule) -> list[Decision]:
-    """Returns the decisions of a graph, each once, in order."""
-    found = (node.meta.get(DECISION_KEY) for node in model.graph.nodes)
-    return list(dict.fromkeys(decision for decision in found if decision is not None))

@@ -154,9 +154,6 @@ class Pattern:
     before_when: tuple[Callable[[Node], bool], ...] = ()
     dynamic: tuple[Condition, ...] | None = None
 
-    def __hash__(self) -> int:
-        return hash((self.name, self.chain[0]))
-
 
 Reason: TypeAlias = str | Callable[[Node], str]
 """Why an operator without a row stays float: a sentence, or what gives it for a node."""

@@ -45,21 +45,6 @@ def set_parameter(model: nn.Module, path: str, value: torch.Tensor) -> None:
         setattr(owner, name, value)
 
 
-def delete_attribute(model: nn.Module, path: str) -> None:
-    """Removes the attribute at a dotted path, and the modules that it leaves empty."""
-    owner, name = owner_and_name(model, path)
-    delattr(owner, name)
-    parent_path = path.rpartition(".")[0]
-    while parent_path and _is_empty(model.get_submodule(parent_path)):
-        parent, child = owner_and_name(model, parent_path)
-        delattr(parent, child)
-        parent_path = parent_path.rpartition(".")[0]
-
-
-def _is_empty(module: nn.Module) -> bool:
-    return type(module) is nn.Module and not module._parameters and not module._buffers and not module._modules
-
-
 class Names:
     """Gives unused attribute names ``prefix0, prefix1, ...`` in constant time each."""
 

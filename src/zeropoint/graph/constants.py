@@ -72,6 +72,13 @@ def _is_pure_function(node: Node) -> bool:
     return getattr(node.target, "__module__", "") in ("_operator", "operator", "math")
 
 
+def path_behind(constant: Node) -> str:
+    """Returns the path of the parameter that a constant is, or of the first of those that it is made of."""
+    while constant.op != "get_attr":
+        constant = constant.all_input_nodes[0]
+    return str(constant.target)
+
+
 @torch.no_grad()
 def evaluate(model: GraphModule, node: Node) -> Any:
     """Returns the value of a constant node, computing what it depends on."""

@@ -19,6 +19,7 @@ from zeropoint.core.dtypes import checked_range
 from zeropoint.core.errors import SpecError
 from zeropoint.numerics.affine import (
     ZeroPointAdded,
+    check_floats,
     check_integers,
     check_qparams_shape,
     dequantize_unchecked,
@@ -108,8 +109,7 @@ def _checked_dequantize(
 
 
 def _float32(x: torch.Tensor) -> torch.Tensor:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise SpecError(f"x is {x.dtype}, not float32, float16 or bfloat16", where="quantize")
+    check_floats(x, "quantize")
     return x.float()
 
 

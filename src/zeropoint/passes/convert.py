@@ -12,7 +12,7 @@ from zeropoint.annotate.annotation import Q_ANNOTATION_KEY, is_valid_annotation
 from zeropoint.core.dtypes import FLOAT8_DTYPES, INTEGER_DTYPES, check_dtype, plain_dtype
 from zeropoint.graph.attributes import Names, get_attribute
 from zeropoint.graph.compat import created_from
-from zeropoint.graph.constants import FLOAT_PATH_KEY, constant_nodes, evaluate
+from zeropoint.graph.constants import FLOAT_PATH_KEY, constant_nodes, evaluate, path_behind
 from zeropoint.graph.emit import Fakes, complete_values, inherit
 from zeropoint.graph.graph_pass import bodies, graph_pass
 from zeropoint.graph.source import describe
@@ -191,7 +191,7 @@ class _Converter:
         frozen.meta = {**source.meta}
         self._set_value(frozen, source, qparams.dtype)
         frozen.meta["from_node"] = created_from(source, PASS)
-        frozen.meta[FLOAT_PATH_KEY] = _float_path(source)
+        frozen.meta[FLOAT_PATH_KEY] = path_behind(source)
         self.frozen[key] = frozen
         return frozen
 
@@ -244,21 +244,14 @@ def _kind(observer: Any) -> Literal["static", "run time", "half", "float"]:
     return "run time" if getattr(observer, "is_dynamic", False) else "static"
 
 
-def _float_path(source: Node) -> str:
-    """Returns the path of the parameter that a constant is, or is made of."""
-    while source.op != "get_attr" and source.all_input_nodes:
-        source = source.all_input_nodes[0]
-    return str(source.target)
-
-
 def every(node: Node) -> bool:
-    """Folds each constant."""
+    """Returns True: each constant is folded."""
     del node
     return True
 
 
 def none(node: Node) -> bool:
-    """Folds no constant."""
+    """Returns False: no constant is folded."""
     del node
     return False
 

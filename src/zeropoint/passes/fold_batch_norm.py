@@ -13,7 +13,7 @@ from zeropoint.graph.attributes import set_parameter
 from zeropoint.graph.batch_norms import BATCH_NORMS, is_in_train_mode
 from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.compat import created_from, fake_like
-from zeropoint.graph.constants import evaluate
+from zeropoint.graph.constants import evaluate, path_behind
 from zeropoint.graph.emit import inherit
 from zeropoint.graph.graph_pass import graph_pass
 from zeropoint.graph.layers import LAYERS, TRANSPOSED, scale_outputs
@@ -123,16 +123,9 @@ def new_parameters(
     layer: Node, old: tuple[Node, Node | None], weight: torch.Tensor, bias: torch.Tensor, tensors: Tensors
 ) -> tuple[Node, Node]:
     """Returns the nodes of a layer's new weight and bias, at the ``old`` paths where no one else reads those."""
-    stem = _path_behind(old[0]).replace(".", "_")
+    stem = path_behind(old[0]).replace(".", "_")
     placed = _place(layer, old[0], weight, tensors, f"{stem}_folded_")
     return placed, _place(layer, old[1], bias, tensors, f"{stem}_bias_")
-
-
-def _path_behind(node: Node) -> str:
-    """Returns the path of a parameter, or of the first of those that a constant is made of."""
-    while node.op != "get_attr":
-        node = node.all_input_nodes[0]
-    return str(node.target)
 
 
 def _place(layer: Node, old: Node | None, value: torch.Tensor, tensors: Tensors, prefix: str) -> Node:

@@ -30,10 +30,10 @@ def recompose(model: GraphModule, known: dict[object, Any]) -> None:
     found = [node for node in model.graph.nodes if node.op == "call_function" and node.target in REWRITINGS]
     constants = constant_nodes(model) if found else set[Node]()
     for node in found:
-        REWRITINGS[node.target](_Place(node, constants, known))
+        REWRITINGS[node.target](_Decomposed(node, constants, known))
 
 
-class _Place:
+class _Decomposed:
     """A node to be replaced, with what that needs."""
 
     def __init__(self, node: Node, constants: set[Node], known: dict[object, Any]) -> None:
@@ -51,7 +51,7 @@ class _Place:
             result.replace_all_uses_with(new)
 
 
-def _convolution(place: _Place) -> None:
+def _convolution(place: _Decomposed) -> None:
     """``convolution`` is every convolution, of any number of dimensions, transposed or not."""
     x, weight, bias, stride, padding = place.arguments("input", "weight", "bias", "stride", "padding")
     transposed, dilation, output_padding, groups = place.arguments("transposed", "dilation", "output_padding", "groups")
@@ -61,7 +61,7 @@ def _convolution(place: _Place) -> None:
     place.replace([place.node], targets[weight.meta["val"].dim() - 2], x, weight, bias, stride, padding, *rest)
 
 
-def _product(place: _Place) -> None:
+def _product(place: _Decomposed) -> None:
     """``x @ w.permute(1, 0) + b`` is a linear layer, with the views to a matrix and back where it has them.
 
     A product that the user wrote with ``w.t()`` is not: it stays what a quantizer expects.
@@ -87,7 +87,7 @@ def _around_views(x: Node, product: Node) -> tuple[Node, Node]:
     return (source, reader) if keeps_rows and returns_rows else (x, product)
 
 
-def _batched_product(place: _Place) -> None:
+def _batched_product(place: _Decomposed) -> None:
     """A linear layer of an input whose memory is not in order: a batch of products with one weight, and a sum."""
     x, weights = place.arguments("self", "mat2")
     expanded = _before_views(weights)
@@ -122,13 +122,13 @@ def _keeps_sizes(view: Node) -> bool:
     return have_equal_sizes(view.all_input_nodes[0].meta["val"].shape, view.meta["val"].shape)
 
 
-def _transposes_a_constant(place: _Place, node: Node) -> bool:
+def _transposes_a_constant(place: _Decomposed, node: Node) -> bool:
     if node.target is not aten.permute.default or node not in place.constants or node.meta["val"].dim() != 2:
         return False
     return [axis % 2 for axis in argument(node, "dims")] == [1, 0]
 
 
-def _is_bias(place: _Place, adding: Node, bias: Any) -> bool:
+def _is_bias(place: _Decomposed, adding: Node, bias: Any) -> bool:
     """True when ``adding`` adds a constant with a value for each column, as it is."""
     if not isinstance(bias, Node) or bias not in place.constants:
         return False
@@ -136,22 +136,22 @@ def _is_bias(place: _Place, adding: Node, bias: Any) -> bool:
     return factors == (1, 1) and have_equal_sizes(bias.meta["val"].shape, adding.meta["val"].shape[-1:])
 
 
-def _renamed(target: Any, *names: str) -> Callable[[_Place], None]:
+def _renamed(target: Any, *names: str) -> Callable[[_Decomposed], None]:
     """Returns the rewriting of an operator to another that takes these arguments of it."""
 
-    def rewrite(place: _Place) -> None:
+    def rewrite(place: _Decomposed) -> None:
         place.replace([place.node], target, *place.arguments(*names))
 
     return rewrite
 
 
-def _first_result(target: Any, *taken: str | bool) -> Callable[[_Place], None]:
+def _first_result(target: Any, *taken: str | bool) -> Callable[[_Decomposed], None]:
     """Returns the rewriting of an operator of several results to one that returns the first of them.
 
     ``taken`` are the names of the arguments that it takes of the other, and flags that it has besides.
     """
 
-    def rewrite(place: _Place) -> None:
+    def rewrite(place: _Decomposed) -> None:
         readers = list(place.node.users)
         if readers and all(reader.target is operator.getitem and reader.args[1] == 0 for reader in readers):
             args = (argument(place.node, each) if isinstance(each, str) else each for each in taken)
@@ -160,7 +160,7 @@ def _first_result(target: Any, *taken: str | bool) -> Callable[[_Place], None]:
     return rewrite
 
 
-REWRITINGS: dict[Any, Callable[[_Place], None]] = {
+REWRITINGS: dict[Any, Callable[[_Decomposed], None]] = {
     aten.convolution.default: _convolution,
     aten.addmm.default: _product,
     aten.mm.default: _product,

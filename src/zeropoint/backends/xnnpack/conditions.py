@@ -15,7 +15,6 @@ from zeropoint.graph.constants import evaluate
 from zeropoint.graph.layers import PRODUCTS, pads_with_zero
 
 aten = torch.ops.aten
-TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
 SOFTMAX = (aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._safe_softmax.default)
 PASSED_ON = (
     aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor,

@@ -29,7 +29,7 @@ from zeropoint.graph.attributes import get_attribute
 from zeropoint.graph.batch_norms import BATCH_NORMS, is_in_train_mode
 from zeropoint.graph.bind import argument, reads
 from zeropoint.graph.chains import sole_reader
-from zeropoint.graph.layers import CLAMPS, LAYERS, VIEWS
+from zeropoint.graph.layers import CLAMPS, LAYERS, PRODUCTS, VIEWS
 from zeropoint.graph.no_ops import DROPOUTS
 from zeropoint.graph.source import describe
 from zeropoint.numerics import ops
@@ -38,8 +38,6 @@ aten = torch.ops.aten
 
 SAME_SCALE = (*MAX_POOL, *CAT, *SLICE, *PERMUTE, *VIEWS)
 MEANS = (*MEAN, *GLOBAL_POOL)
-PRODUCTS: dict[Any, str] = {aten.mm.default: "mat2", aten.addmm.default: "mat2", aten.matmul.default: "other"}
-"""Products of matrices that are no layer, with the name of the right factor."""
 MAX_RESCALING = 256
 STATIC_Q, STATIC_DQ = ops.QUANTIZE_PER_TENSOR, ops.DEQUANTIZE_PER_TENSOR
 WEIGHT_DQ = (STATIC_DQ, ops.DEQUANTIZE_PER_CHANNEL)
@@ -239,7 +237,7 @@ def has_a_kernel(model: GraphModule, node: Node) -> tuple[str, str] | None:
 def factors_are_float(model: GraphModule, node: Node) -> tuple[str, str] | None:
     """A product with a dequantized matrix that is no layer is computed without the dequantize."""
     del model
-    right = argument(node, PRODUCTS[node.target]) if node.target in PRODUCTS else None
+    right = argument(node, PRODUCTS[node.target][1]) if node.target in PRODUCTS else None
     if right is None or right.target not in (*WEIGHT_DQ, GROUPED_DQ) or right.meta["val"].dim() != 2:
         return None
     what = f"it multiplies by the dequantized matrix {right.name}"

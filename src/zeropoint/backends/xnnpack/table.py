@@ -10,14 +10,13 @@ import torch
 
 from zeropoint.annotate.patterns import ACT, BIAS, FOLLOW, SHARED, Pattern, Table, Weight
 from zeropoint.backends.xnnpack import conditions as c
-from zeropoint.graph.layers import CLAMPS, PADS, VIEWS
+from zeropoint.graph.layers import CLAMPS, LINEAR, PADS, VIEWS
 
 aten = torch.ops.aten
 
 CONV = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding)
 CONV_TRANSPOSE = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
 CONV3D = (aten.conv3d.default, aten.conv3d.padding, aten.conv_transpose3d.input)
-LINEAR = (aten.linear.default,)
 RELU = (aten.relu.default, aten.relu_.default)
 CLAMP = (*CLAMPS, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
 ADD = (aten.add.Tensor, aten.add_.Tensor)

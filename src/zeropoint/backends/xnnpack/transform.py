@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from zeropoint.annotate.patterns import is_float32
 from zeropoint.graph.attributes import Names, get_attribute
 from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.constants import constant_nodes
@@ -32,14 +33,9 @@ def spell(model: GraphModule, spellings: Spellings) -> None:
     constants = constant_nodes(model)
     names = Names(model)
     for node in list(model.graph.nodes):
-        rewrite = spellings.get(node.target) if node.op == "call_function" and _is_float(node) else None
+        rewrite = spellings.get(node.target) if node.op == "call_function" and is_float32(node) else None
         if rewrite is not None:
             rewrite(_Place(model, node, constants, names))
-
-
-def _is_float(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
 
 
 class _Place:

@@ -107,6 +107,12 @@ class ObserverBase(WithArgs, torch.nn.Module):
         self.constant_input = False
         self._observed: tuple[object, ...] | None = None
 
+    def _refuse_unknown(self, spec: dict[str, Any]) -> None:
+        for name in spec:
+            if name not in SPEC_KEYWORDS:
+                allowed = "Leave it out, or choose an observer that has it."
+                raise SpecError(f"no argument is called {name}", where=type(self).__name__, remedy=allowed)
+
     @property
     def where(self) -> str:
         """Returns how error messages name this observer: its site, else its class."""
@@ -229,12 +235,6 @@ class UniformQuantizationObserverBase(ObserverBase):
 
     def _register_statistics(self, factory: dict[str, Any]) -> None:
         """Registers the buffers of the statistics, with the device and dtype in ``factory``."""
-
-    def _refuse_unknown(self, spec: dict[str, Any]) -> None:
-        for name in spec:
-            if name not in SPEC_KEYWORDS:
-                allowed = "Leave it out, or choose an observer that has it."
-                raise SpecError(f"no argument is called {name}", where=type(self).__name__, remedy=allowed)
 
     def _integers(self, quant_min: int | None, quant_max: int | None) -> tuple[int, int]:
         low, high = checked_range(self.dtype, quant_min, quant_max)

@@ -9,14 +9,8 @@ import torch
 from zeropoint.core.dtypes import INTEGER_DTYPES, checked_range, plain_dtype
 from zeropoint.core.errors import CalibrationError, SpecError
 from zeropoint.core.specs import PER_CHANNEL, PER_TENSOR
-from zeropoint.numerics.observers.base import SPEC_KEYWORDS, ObserverBase
+from zeropoint.numerics.observers.base import ObserverBase
 from zeropoint.numerics.qparams import FLOAT32_EPS
-
-
-def _refuse_unknown(observer: ObserverBase, spec: dict[str, Any]) -> None:
-    for name in spec:
-        if name not in SPEC_KEYWORDS:
-            raise SpecError(f"no argument is called {name}", where=type(observer).__name__)
 
 
 class PlaceholderObserver(ObserverBase):
@@ -46,7 +40,7 @@ class PlaceholderObserver(ObserverBase):
         **spec: Any,
     ) -> None:
         super().__init__(dtype, is_dynamic or compute_dtype is not None)
-        _refuse_unknown(self, spec)
+        self._refuse_unknown(spec)
         self.qscheme = torch.per_tensor_affine if qscheme is None else qscheme
         if self.qscheme not in PER_TENSOR + PER_CHANNEL:
             raise SpecError(f"qscheme={qscheme!r} is unknown", where=type(self).__name__)
@@ -70,7 +64,7 @@ class RecordingObserver(ObserverBase):
 
     def __init__(self, dtype: torch.dtype = torch.quint8, **spec: Any) -> None:
         super().__init__(dtype)
-        _refuse_unknown(self, spec)
+        self._refuse_unknown(spec)
         self.tensor_val: list[torch.Tensor] = []
 
     def observe(self, x: torch.Tensor) -> None:
@@ -90,7 +84,7 @@ class NoopObserver(ObserverBase):
 
     def __init__(self, dtype: torch.dtype = torch.float16, custom_op_name: str = "", **spec: Any) -> None:
         super().__init__(dtype)
-        _refuse_unknown(self, spec)
+        self._refuse_unknown(spec)
         self.custom_op = custom_op_name
 
 
@@ -99,4 +93,4 @@ class ReuseInputObserver(ObserverBase):
 
     def __init__(self, dtype: torch.dtype = torch.quint8, **spec: Any) -> None:
         super().__init__(dtype)
-        _refuse_unknown(self, spec)
+        self._refuse_unknown(spec)
