@@ -1,4 +1,8 @@
-"""Quantize and dequantize operators as arithmetic: ``x / scale``, rounded, plus the zero point, and back."""
+"""Quantize and dequantize operators as arithmetic: steps of the scale, rounded, plus the zero point, and back.
+
+Steps are ``x * (1 / scale)``, as torch's operators and XNNPACK compute them: ``x / scale`` gives one value in a million
+another integer.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from torch.fx import Node
 from zeropoint.graph.bind import argument
 from zeropoint.graph.emit import Emitter
 from zeropoint.numerics import ops
-from zeropoint.passes.reference.grid import Grid, along_axis
+from zeropoint.passes.reference.grid import Grid, Scale, along_axis
 from zeropoint.passes.reference.sums import computed_in, saturated
 
 aten = torch.ops.aten
@@ -22,8 +26,9 @@ def quantized(emit: Emitter, node: Node) -> Node:
     """Returns what a quantize operator does, in arithmetic of float32 up to the conversion to an integer."""
     grid, x = Grid.of(node), argument(node, "input")
     dtype = computed_in(grid)
-    x, scale, zero_point = _broadcast(emit, node, _as(emit, x, dtype), grid, dtype)
-    steps = emit.call(aten.div.Tensor, x, scale)
+    inverse = _as(emit, _reciprocal(emit, grid.scale), dtype)
+    x, inverse, zero_point = _broadcast(emit, node, _as(emit, x, dtype), inverse, grid)
+    steps = emit.call(aten.mul.Tensor, x, inverse)
     if node.target in BEFORE_ROUNDING:
         steps = emit.call(aten.round.default, emit.call(aten.add.Tensor, steps, zero_point))
     else:
@@ -35,7 +40,8 @@ def dequantized(emit: Emitter, node: Node) -> Node:
     """Returns what a dequantize operator does."""
     grid = Grid.of(node)
     dtype = computed_in(grid)
-    q, scale, zero_point = _broadcast(emit, node, _as(emit, argument(node, "input"), dtype), grid, dtype)
+    q, scale = _as(emit, argument(node, "input"), dtype), _as(emit, grid.scale, dtype)
+    q, scale, zero_point = _broadcast(emit, node, q, scale, grid)
     real = emit.call(aten.mul.Tensor, emit.call(aten.sub.Tensor, q, zero_point), scale)
     return _shaped_as(emit, _as(emit, real, node.meta["val"].dtype), node)
 
@@ -46,10 +52,13 @@ def _as(emit: Emitter, x: Any, dtype: torch.dtype) -> Any:
     return emit.call(aten.to.dtype, x, dtype)
 
 
-def _broadcast(emit: Emitter, node: Node, x: Node, grid: Grid, dtype: torch.dtype) -> tuple[Node, Any, Any]:
-    """Returns the tensor, the scale and the zero point in shapes that go together."""
-    scale, zero_point = _as(emit, grid.scale, dtype), grid.zero_point
-    shape = x.meta["val"].shape
+def _reciprocal(emit: Emitter, scale: Scale) -> Scale:
+    return emit.call(aten.reciprocal.default, scale) if isinstance(scale, Node) else 1.0 / scale
+
+
+def _broadcast(emit: Emitter, node: Node, x: Node, scale: Scale, grid: Grid) -> tuple[Node, Any, Any]:
+    """Returns the tensor, its scale or inverse scale and the zero point in shapes that go together."""
+    zero_point, shape = grid.zero_point, x.meta["val"].shape
     size = argument(node, "group_size")
     if size is None:
         scale, zero_point = (along_axis(emit, value, grid.axis, len(shape)) for value in (scale, zero_point))
