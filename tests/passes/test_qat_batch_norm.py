@@ -134,8 +134,8 @@ def test_every_kind_of_layer(layer, dims, bias, affine, activation):
     converted = check_convert(prepared, x)
     assert not norms(converted)
     assert aten.add_.Tensor not in operators(converted)
-    read = argument(models.find(converted, operator_of(prepared)), "weight")
-    assert read.args[3] == int("transposed" in operator_of(prepared) or "transpose" in operator_of(prepared))
+    weight = argument(models.find(converted, operator_of(prepared)), "weight")
+    assert weight.args[3] == int("transpose" in operator_of(prepared))  # The channel axis.
 
 
 def operator_of(model):
@@ -376,6 +376,13 @@ def test_a_frozen_batch_norm_stays_frozen():
     check_floats(module, prepared, x)
     train(prepared, x)
     assert not norms(check_convert(prepared, x))
+
+
+def test_statistics_that_would_never_move_stay_frozen():
+    """In eval mode, export writes ``momentum=None`` as 0."""
+    module = trained_mode(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, momentum=None))).eval()
+    prepared = prepare_qat_pt2e(export(module, torch.randn(sizes(2))), OURS)
+    assert norms(prepared)[0].args[5:7] == (False, 0.0)
 
 
 def test_channels_whose_factor_is_0():

@@ -26,7 +26,7 @@ def _check_quantizer(quantizer: object) -> None:
     if missing or isinstance(quantizer, type):
         name = quantizer.__name__ if isinstance(quantizer, type) else type(quantizer).__name__
         what = f"{name} is no quantizer object" + (f": it has no {', '.join(missing)}" if missing else "")
-        raise SpecError(what, where="prepare_pt2e", remedy="Give e.g. XNNPACKQuantizer().set_global(config).")
+        raise SpecError(what, where="prepare", remedy="Give e.g. XNNPACKQuantizer().set_global(config).")
 
 
 def _transform(model: GraphModule, quantizer: Quantizer) -> GraphModule:

@@ -69,8 +69,9 @@ def qat_batch_norm(model: GraphModule, plan: Plan) -> None:
 
     Annotations go with the arguments: what was said of the weight holds for the scaled one, what was said of the bias
     for the zeros in its place. The batch norm is put into train mode; but where the graph was exported in train mode,
-    one that is not in it was frozen, and stays so. One without running statistics stays as it is, after a layer with a
-    weight of its own: it normalizes by each batch in use too, so nothing can be folded.
+    one that is not in it was frozen, and stays so, and so does one whose ``momentum=None`` export made 0. One without
+    running statistics stays as it is, after a layer with a weight of its own: it normalizes by each batch in use too,
+    so nothing can be folded.
 
     Raises:
         AnnotationError: the bias of such a layer is to be measured, though its values come from batch norm.
@@ -90,7 +91,7 @@ def qat_batch_norm(model: GraphModule, plan: Plan) -> None:
             continue
         _check_bias(found.layer, plan)
         _Group(found, next(numbers), known).build(model, moved)
-        if not frozen_stay:
+        if not frozen_stay and argument(norm, "momentum"):
             set_argument(norm, "training", True)
     move_annotations(model.graph, moved)
 
