@@ -193,6 +193,10 @@ CASES = (
         lambda: through(conv(axis=None, zero_point=-7), lambda m, x: fake(m(fake(x)), OUT)), PICTURE,
     ),
     Case(
+        sound.zero_points_are_integers, "dequantize_per_channel", "its zero points are torch.float32", "_symmetric",
+        lambda: through(Layer((6, 8), zero_point=0.5), lambda m, x: m.weight() * x), (6, 8),
+    ),
+    Case(
         sound.channel_axis_has_a_kernel, "linear", "its weight has a scale for each index of axis 1", "Use ch_axis=0.",
         lambda: through(Layer((6, 8), axis=1, out=6), lambda m, x: fake(m(fake(x)), OUT)),
     ),
@@ -396,6 +400,15 @@ def test_what_is_refused_does_not_load(unchecked: None):
     inputs = (torch.randn(case.shape),)
     pte = lower(exported(case.graph(), *inputs), inputs)
     with pytest.raises(RuntimeFailure, match="the runtime did not load it"):
+        run_in_child(pte, [inputs])
+
+
+@torch.no_grad()
+def test_float_zero_points_abort_the_process(unchecked: None):
+    case = next(case for case in CASES if case.rule is sound.zero_points_are_integers)
+    inputs = (torch.randn(case.shape),)
+    pte = lower(exported(case.graph(), *inputs), inputs)
+    with pytest.raises(RuntimeFailure, match=r"died of signal 6.*dequantize_per_channel_out.*is not integer type"):
         run_in_child(pte, [inputs])
 
 
