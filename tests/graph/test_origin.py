@@ -1,5 +1,7 @@
 """The node of the exported program that a node comes from."""
 
+from dataclasses import asdict
+
 import models
 import pytest
 import quantizers
@@ -13,7 +15,7 @@ theirs = pytest.importorskip("torchao.quantization.pt2e._numeric_debugger")
 
 
 def same(ours, other):
-    return (ours is None) == (other is None) and (ours is None or vars(ours) == vars(other))
+    return (ours is None) == (other is None) and (ours is None or asdict(ours) == vars(other))
 
 
 @pytest.mark.parametrize("build", [models.net, models.mlp, models.called_twice, models.counter, models.conditional])

@@ -491,7 +491,6 @@ def test_a_module_that_is_not_exported():
     [
         ({"use_reference_representation": "yes"}, "convert_pt2e: use_reference_representation='yes' is no bool"),
         ({"fold_quantize": 1}, "convert_pt2e: fold_quantize=1 is no bool"),
-        ({"use_reference_representation": True}, "not available"),
     ],
 )
 def test_flags(settings, words):

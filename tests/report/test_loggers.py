@@ -42,7 +42,7 @@ def test_torchao_records_the_same_of_an_exported_model(build):
         logged.graph.eliminate_dead_code()
         logged.recompile()
         logged(*inputs)
-        found.append({vars(info)["name"]: values for info, values in extract(logged).items()})
+        found.append({info.name: values for info, values in extract(logged).items()})
     ours, other = found
     assert ours.keys() == other.keys()
     for name, (node_name, stack, values) in ours.items():

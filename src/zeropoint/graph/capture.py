@@ -61,9 +61,9 @@ def _check_not_given(model: object, dynamic_shapes: Any, strict: bool) -> None:
         raise SpecError(what, where="capture", remedy=remedy)
 
 
-def is_exported(model: object) -> bool:
+def is_exported(m: object) -> bool:
     """True for a graph module whose nodes carry values, as ``torch.export`` makes them."""
-    return isinstance(model, GraphModule) and any("val" in node.meta for node in model.graph.nodes)
+    return isinstance(m, GraphModule) and any("val" in node.meta for node in m.graph.nodes)
 
 
 def require_exported(model: object) -> GraphModule:

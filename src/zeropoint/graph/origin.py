@@ -11,7 +11,7 @@ UNLIFTED = "ExportedProgram.module().unlift()"
 """What export records for the nodes of parameters: they are in no exported graph."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class NodeSourceDebugInfo:
     """A node of the exported program; all that was made of it has the same.
 

@@ -159,13 +159,13 @@ class LearnableFakeQuantize(FakeQuantize):
         return f"{super().extra_repr()}, learning={self.learning_enabled.item()}"
 
 
-def enable_range_learning(module: nn.Module) -> None:
-    """Lets scale and zero point be learned, if ``module`` is such a fake quantizer: ``model.apply(...)``."""
-    if isinstance(module, LearnableFakeQuantize):
-        module.enable_range_learning()
+def enable_range_learning(mod: nn.Module) -> None:
+    """Lets scale and zero point be learned, if ``mod`` is such a fake quantizer: ``model.apply(...)``."""
+    if isinstance(mod, LearnableFakeQuantize):
+        mod.enable_range_learning()
 
 
-def disable_range_learning(module: nn.Module) -> None:
-    """Keeps scale and zero point as they are, if ``module`` is a fake quantizer that learns."""
-    if isinstance(module, LearnableFakeQuantize):
-        module.disable_range_learning()
+def disable_range_learning(mod: nn.Module) -> None:
+    """Keeps scale and zero point as they are, if ``mod`` is a fake quantizer that learns."""
+    if isinstance(mod, LearnableFakeQuantize):
+        mod.disable_range_learning()

@@ -17,7 +17,7 @@ from zeropoint.report.loggers import Recording, like
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class QuantizationComparisonResult:
     """A value, and its reference: tensors, or lists, tuples and dictionaries of them.
 
@@ -54,7 +54,7 @@ class QuantizationComparisonResult:
         return f"QuantizationComparisonResult(mse_loss={self.mse_loss}, sqnr={self.sqnr})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class NodeAccuracySummary:
     """How a node of the exported program compares in two models.
 
