@@ -133,5 +133,6 @@ def test_a_convolution_without_a_batch_has_one_sample():
     assert reference["conv2d"].shape == (8, 16)
     torch.testing.assert_close(reference["conv2d"][3], graph(*batches[3]).mean((1, 2)))
     before = shifts(reference, converted, batches)["conv2d"]
-    assert correct_biases(converted, batches, reference) == ["conv2d"]
+    correction = correct_biases(converted, batches, reference)
+    assert (correction.changed, correction.samples) == (("conv2d",), 8)
     assert shifts(reference, converted, batches)["conv2d"] < 0.5 * before

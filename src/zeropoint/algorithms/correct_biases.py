@@ -69,6 +69,10 @@ def _means(layer: Node, value: torch.Tensor) -> torch.Tensor:
     return channels_last.reshape(channels_last.shape[0], -1, channels_last.shape[-1]).mean(1)
 
 
+def _samples(layer: Node, value: torch.Tensor) -> int:
+    return 1 if channel_axis(layer) == 0 else len(value)
+
+
 @torch.no_grad()
 def correct_biases(
     converted: GraphModule, batches: Sequence[tuple[Any, ...]], reference: dict[str, torch.Tensor]
@@ -93,7 +97,7 @@ def correct_biases(
         for known in values:
             known[node] = _run(converted, node, known)
         if node.name in reference and (scale := _grid(converted, node)) is not None:
-            correctable, samples = correctable + 1, max(samples, sum(len(known[node]) for known in values))
+            correctable, samples = correctable + 1, max(samples, sum(_samples(node, known[node]) for known in values))
             if _correct(converted, node, values, reference[node.name], scale):
                 changed.append(node.name)
         for finished in last_read.get(node, ()):

@@ -103,10 +103,17 @@ def multiply_by_dequantized_weights(model: GraphModule) -> None:
             continue
         if argument(node, "input").target in ops.DEQUANTIZE_OPS or _is_quantized(node):
             continue
+        if _has_float_zero_points(argument(node, "weight")):
+            continue
         shape = node.meta["val"].shape
         if sum(not isinstance(size, int) for size in shape[:-1]) <= 1:
             node.replace_all_uses_with(_product(node, [size if isinstance(size, int) else -1 for size in shape]))
             model.graph.erase_node(node)
+
+
+def _has_float_zero_points(dequantize: Node) -> bool:
+    zero_point = dequantize.args[2]
+    return isinstance(zero_point, Node) and bool(zero_point.meta["val"].is_floating_point())
 
 
 def _is_quantized(node: Node) -> bool:
