@@ -23,8 +23,8 @@ check: setup ## formatting, lint, types, and the rules of the structure
 	@$(BIN)/pyright src
 	@$(BIN)/python -m pytest tests/test_structure.py
 
-test: setup ## all tests
-	@$(BIN)/python -m pytest
+test: setup ## all tests, a file at a time on each processor
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 bench: setup $(BENCHMARKS:%=bench-%) ## every script of bench/, results also as build/<name>.json
 
