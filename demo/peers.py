@@ -10,8 +10,18 @@ import torch
 from torch import nn
 
 
-def torchao_pte(model: nn.Module, example_inputs: tuple[Any, ...], calibration: list[tuple[Any, ...]]) -> bytes:
-    """Returns torchao's int8 ``.pte`` of a model: per-channel weights, histogram observers, XNNPACK delegate."""
+def torchao_pte(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    calibration: list[tuple[Any, ...]],
+    is_dynamic: bool = False,
+    keep_scalars: bool = False,
+) -> bytes:
+    """Returns torchao's int8 ``.pte`` of a model for the XNNPACK delegate, with per-channel weights.
+
+    Activations have histogram observers, or get their scale at run time. ``keep_scalars`` switches off that its
+    quantizer turns the numbers of additions and products into float tensors, those of positions and masks too.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -21,8 +31,11 @@ def torchao_pte(model: nn.Module, example_inputs: tuple[Any, ...], calibration: 
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
         graph = torch.export.export(copy.deepcopy(model).eval(), example_inputs).module()
-        config = xnnpack_quantizer.get_symmetric_quantization_config(is_per_channel=True)
-        prepared = prepare_pt2e(graph, xnnpack_quantizer.XNNPACKQuantizer().set_global(config))
+        config = xnnpack_quantizer.get_symmetric_quantization_config(is_per_channel=True, is_dynamic=is_dynamic)
+        quantizer = xnnpack_quantizer.XNNPACKQuantizer().set_global(config)
+        if keep_scalars:
+            quantizer.transform_for_annotation = _unchanged
+        prepared = prepare_pt2e(graph, quantizer)
         with torch.no_grad():
             for inputs in calibration:
                 prepared(*inputs)
@@ -31,3 +44,7 @@ def torchao_pte(model: nn.Module, example_inputs: tuple[Any, ...], calibration: 
             exported, partitioner=[XnnpackPartitioner()], transform_passes=get_transform_passes()
         )
         return bytes(edge.to_executorch().buffer)
+
+
+def _unchanged(model: Any) -> Any:
+    return model

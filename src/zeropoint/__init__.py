@@ -1,6 +1,7 @@
 """zeropoint: quantize PyTorch models for edge devices."""
 
 from zeropoint.annotate.annotation import QuantizationAnnotation
+from zeropoint.annotate.embedding_quantizer import EmbeddingQuantizer
 from zeropoint.annotate.for_torchao import for_torchao
 from zeropoint.annotate.plan import Decision, Plan
 from zeropoint.annotate.quantizer import ComposableQuantizer, Quantizer
@@ -27,6 +28,7 @@ __all__ = [
     "Decision",
     "DerivedQuantizationSpec",
     "EdgeOrNode",
+    "EmbeddingQuantizer",
     "FixedQParamsQuantizationSpec",
     "OperatorConfig",
     "Plan",

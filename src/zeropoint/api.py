@@ -22,7 +22,7 @@ from zeropoint.annotate.quantizer import Quantizer
 from zeropoint.backends import xnnpack
 from zeropoint.calibration import CalibrationData
 from zeropoint.core.arguments import require_bool
-from zeropoint.core.errors import NothingQuantizedError, SpecError
+from zeropoint.core.errors import CalibrationError, NothingQuantizedError, SpecError
 from zeropoint.core.extras import require_extra
 from zeropoint.core.files import write_atomically
 from zeropoint.graph.attributes import get_attribute, set_parameter
@@ -133,7 +133,7 @@ class QuantizedModel:
 def quantize(
     model: nn.Module | ExportedProgram | GraphModule,
     example_inputs: tuple[Any, ...],
-    calibration_data: Iterable[Any],
+    calibration_data: Iterable[Any] | None = None,
     backend: Literal["xnnpack"] = "xnnpack",
     *,
     quantizer: Quantizer | None = None,
@@ -147,7 +147,9 @@ def quantize(
     Args:
         model: a module, an exported program or its ``.module()``. A module is left as it was.
         example_inputs: positional inputs; shapes and dtypes as in use.
-        calibration_data: batches, each a tuple of positional inputs or one tensor; real data, as in use.
+        calibration_data: batches, each a tuple of positional inputs or one tensor; real data, as in use. None for a
+            quantizer that measures nothing, of weights alone or with activations quantized at run time: the file is
+            then compared on the example inputs.
         backend: where the file will run.
         quantizer: annotates the graph; by default the backend's, int8 with per-channel weights.
         dynamic_shapes: which sizes are free, as in ``torch.export.export``; for a module that is not exported yet.
@@ -181,17 +183,19 @@ def quantize(
         require_unprepared(captured, "quantize")
         float_model = _copy(captured)
     with stages.stage("read data"):
-        data = CalibrationData(calibration_data, float_model)
+        data = _data(calibration_data, example_inputs, float_model)
+        accuracy = accuracy if calibration_data is not None else ()
     working, equalized = _improve(float_model, data, accuracy, stages)
     reference = _float_means(working, float_model, data, accuracy, stages)
     with stages.stage("prepare"):
         prepared = prepare_pt2e(working, quantizer if quantizer is not None else _default_quantizer())
         _require_quantized(prepared)
-    with stages.stage("calibrate"), torch.no_grad():
-        for inputs in stages.count(data, data.count, "calibrate"):
-            prepared(*inputs)
+    if calibration_data is not None:
+        with stages.stage("calibrate"), torch.no_grad():
+            for inputs in stages.count(data, data.count, "calibrate"):
+                prepared(*inputs)
     with stages.stage("convert"):
-        converted = convert_pt2e(prepared)
+        converted = _convert(prepared, calibration_data is not None)
     correction = _correct(converted, data, reference, stages)
     _restart(converted, float_model)
     with stages.stage("lower"):
@@ -204,11 +208,30 @@ def quantize(
             _restart(converted, float_model)
     with stages.stage("compare"):
         float_sqnr = _float_sqnr(float_model, converted, compared)
-    work = _accuracy_work(accuracy, equalized, correction)
+    unasked = NOT_ASKED_FOR if calibration_data is not None else "no calibration data"
+    work = _accuracy_work(accuracy, equalized, correction, unasked)
     return QuantizedModel(
         converted, lowered.pte, record_of(converted), lowered.delegates, lowered.outside, float_sqnr, verification,
         work, dict(stages.seconds), lowered.free,
     )  # fmt: skip
+
+
+def _data(calibration_data: Any, example_inputs: tuple[Any, ...], model: GraphModule) -> CalibrationData:
+    """Returns the user's data; the example inputs, to compare on, where there is none."""
+    if calibration_data is None:
+        return CalibrationData([example_inputs], model, "example inputs")
+    return CalibrationData(calibration_data, model)
+
+
+def _convert(prepared: GraphModule, calibrated: bool) -> GraphModule:
+    try:
+        return convert_pt2e(prepared)
+    except CalibrationError as error:
+        if calibrated:
+            raise
+        what = "this configuration measures activations, and there is no calibration_data"
+        remedy = "Give batches of real data, or a configuration with is_dynamic=True or for weights alone."
+        raise CalibrationError(what, where=error.where, remedy=remedy) from error
 
 
 def _restart(model: GraphModule, beginning: GraphModule) -> None:
@@ -272,15 +295,17 @@ def _correct(
     return correction
 
 
-def _accuracy_work(accuracy: Sequence[str], pairs: Sequence[Pair], correction: Correction | None) -> AccuracyWork:
+def _accuracy_work(
+    accuracy: Sequence[str], pairs: Sequence[Pair], correction: Correction | None, unasked: str
+) -> AccuracyWork:
     """Returns what was done for accuracy, and why what was not."""
     not_equalized = "" if pairs else "no two have only relu, pooling or zero padding between them"
     not_corrected = "the model writes to buffers" if correction is None else correction.reason
     return AccuracyWork(
         tuple((pair.first.name, pair.second.name) for pair in pairs),
         () if correction is None else correction.changed,
-        not_equalized if "equalize" in accuracy else NOT_ASKED_FOR,
-        not_corrected if "correct_biases" in accuracy else NOT_ASKED_FOR,
+        not_equalized if "equalize" in accuracy else unasked,
+        not_corrected if "correct_biases" in accuracy else unasked,
     )
 
 
@@ -322,5 +347,7 @@ def _is_float(value: Any) -> bool:
 
 def _agreement(verification: Verification) -> str:
     notes = ", no value further than one step" if verification.within_one_step else ""
+    if not math.isinf(shaken := verification.shaken_db):
+        notes = f", the model against itself with other last bits {decibels(shaken)}"
     ties = "" if verification.integers_equal else ", integers but for ties"
     return f"{decibels(verification.sqnr_db)}{notes}{ties}"

@@ -24,6 +24,7 @@ class CalibrationData:
     Args:
         data: batches, each a tuple of positional inputs or one tensor.
         model: the graph that they are for.
+        name: what errors call a batch; its number follows.
 
     ``count`` is the number of batches, None where the iterable does not know; ``kept`` holds the first of them.
 
@@ -32,8 +33,8 @@ class CalibrationData:
         NonFiniteError: an input holds NaN or infinity.
     """
 
-    def __init__(self, data: Iterable[Any], model: GraphModule) -> None:
-        self._model = model
+    def __init__(self, data: Iterable[Any], model: GraphModule, name: str = "calibration batch") -> None:
+        self._model, self._name = model, name
         self.count = _count(data)
         self._rest = enumerate(_iterate(data))
         self.kept = list(self._first())
@@ -60,7 +61,7 @@ class CalibrationData:
             yield inputs
 
     def _checked(self, index: int, batch: Any) -> tuple[Any, ...]:
-        return inputs_for(self._model, batch, f"calibration batch {index}")
+        return inputs_for(self._model, batch, f"{self._name} {index}")
 
 
 def _count(data: Any) -> int | None:

@@ -177,12 +177,14 @@ def test_other_spellings_of_quantize_and_dequantize():
 
 # Layers.
 
+CHOOSE = "choose_qparams_per_token_asymmetric"
+
 
 def test_dynamic_linear_layers_one_after_the_other():
     module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4, bias=False), nn.Linear(4, 3))
     inputs = (torch.randn(5, 4),)
     quantized, reference = both(module, inputs, DYNAMIC)
-    assert computed_by(reference, aten.linear.default) == models.count(reference, "choose_qparams") == 3
+    assert computed_by(reference, aten.linear.default) == models.count(reference, CHOOSE) == 3
     again = torch.export.export(reference, inputs).module()
     for x in (*inputs, torch.zeros(5, 4), inputs[0] * 100):
         expected = quantized(x)

@@ -22,14 +22,17 @@ from zeropoint.annotate.patterns import (
 )
 from zeropoint.annotate.plan import DECISION_KEY, Decision
 from zeropoint.annotate.rules import Rules
+from zeropoint.annotate.stock import unwrapped
 from zeropoint.core.configs import QuantizationConfig
-from zeropoint.core.specs import PER_CHANNEL, QuantizationSpecBase, SharedQuantizationSpec
+from zeropoint.core.specs import PER_CHANNEL, QuantizationSpec, QuantizationSpecBase, SharedQuantizationSpec
 from zeropoint.graph.batch_norms import BATCH_NORMS, STAYS, keeps_statistics
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.compat import is_tensor_list, is_tensor_value
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.layers import LAYERS
 from zeropoint.graph.memory import Memory
+from zeropoint.numerics.granularity import PerTensor
+from zeropoint.numerics.observers import PlaceholderObserver
 
 
 def annotate_by_table(model: GraphModule, table: Table, rules: Rules) -> None:
@@ -183,7 +186,7 @@ def _annotate(match: Match) -> None:
 def _input_spec(match: Match, read: Input, first: Input) -> QuantizationSpecBase | None:
     match read.role:
         case Activation():
-            return match.config.input_activation
+            return _at_run_time(match)
         case Weight(axis=axis):
             spec = match.config.weight
             if spec is None or spec.qscheme not in PER_CHANNEL or spec.ch_axis == axis:
@@ -197,6 +200,19 @@ def _input_spec(match: Match, read: Input, first: Input) -> QuantizationSpecBase
             return match.config.input_activation
         case _:
             return SharedQuantizationSpec((first.source, first.reader))
+
+
+def _at_run_time(match: Match) -> QuantizationSpecBase | None:
+    """Returns the spec of input activations; one at run time is of the granularity that the backend has."""
+    spec = match.config.input_activation
+    constructor = getattr(spec, "observer_or_fake_quant_ctr", None)
+    measures_nothing = getattr(unwrapped(constructor)[0], "__name__", "") == PlaceholderObserver.__name__
+    granularity = match.pattern.dynamic_granularity
+    if not isinstance(spec, QuantizationSpec) or not (match.config.is_dynamic and measures_nothing):
+        return spec
+    if isinstance(granularity, PerTensor):
+        return spec
+    return replace(spec, observer_or_fake_quant_ctr=PlaceholderObserver.with_args(granularity=granularity))
 
 
 def _output_spec(match: Match, first: Input) -> QuantizationSpecBase | None:

@@ -13,6 +13,7 @@ from zeropoint.core.configs import QuantizationConfig
 from zeropoint.core.errors import SpecError
 from zeropoint.graph.bind import argument, bind
 from zeropoint.graph.memory import Memory
+from zeropoint.numerics.granularity import Granularity, PerTensor
 
 T = TypeVar("T")
 Operators: TypeAlias = tuple[Any, ...]
@@ -47,6 +48,7 @@ class Shared:
 
 
 ACT, BIAS, FOLLOW, SHARED = Activation(), Bias(), Follow(), Shared()
+ONE_SCALE = PerTensor()
 Role: TypeAlias = Activation | Weight | Bias | Follow | Shared
 
 
@@ -142,7 +144,8 @@ class Pattern:
         when: conditions on a match.
         before: operators that may be fused before the head, on its first input, when they have no other reader.
         before_when: conditions on such an operator; where one fails, it is not fused.
-        dynamic: the backend also computes it with activations quantized at run time.
+        dynamic: the backend also computes it with activations quantized at run time, under these conditions too.
+        dynamic_granularity: for what it then chooses a scale, whatever the configuration says.
     """
 
     name: str
@@ -153,6 +156,7 @@ class Pattern:
     before: Operators = ()
     before_when: tuple[Callable[[Node], bool], ...] = ()
     dynamic: tuple[Condition, ...] | None = None
+    dynamic_granularity: Granularity = ONE_SCALE
 
 
 Reason: TypeAlias = str | Callable[[Node], str]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.fx import Node
@@ -14,6 +14,7 @@ from zeropoint.core.specs import PER_CHANNEL
 from zeropoint.graph.emit import Emitter
 from zeropoint.graph.source import describe
 from zeropoint.numerics import ops
+from zeropoint.numerics.granularity import PerToken
 from zeropoint.numerics.observers import AffineQuantizedObserverBase
 from zeropoint.passes.affine_blocks import affine_of, blocks_of, is_symmetric, run_time, torchao_ops
 from zeropoint.passes.qparams_of import eps_of, limits_of
@@ -40,7 +41,7 @@ def quantize_at_run_time(node: Node, source: Node, observer: Any) -> None:
     """Replaces the call of an observer by choose_qparams, quantize and dequantize, with scales that are tensors."""
     affine, emit = affine_of(observer), Emitter(node, PASS)
     limits, dtype = limits_of(observer), plain_dtype(observer.dtype)
-    match "per tensor" if affine is None else run_time(affine, source):
+    match run_time(affine, source) if affine is not None else _granularity(observer, source):
         case "per tensor":
             symmetric = observer.qscheme == torch.per_tensor_symmetric if affine is None else is_symmetric(affine)
             choose = ops.CHOOSE_QPARAMS_SYMMETRIC if symmetric else ops.CHOOSE_QPARAMS
@@ -58,6 +59,11 @@ def quantize_at_run_time(node: Node, source: Node, observer: Any) -> None:
             last, named = (), {"output_dtype": value_dtype(source)}
     quantized = emit.call(q_dq[0], source, *arguments)
     node.replace_all_uses_with(emit.call(q_dq[1], quantized, *arguments, *last, **named))
+
+
+def _granularity(observer: Any, source: Node) -> Literal["per tensor", "per token"]:
+    by_token = isinstance(getattr(observer, "granularity", None), PerToken) and source.meta["val"].dim() > 1
+    return "per token" if by_token else "per tensor"
 
 
 def _chosen_by_torchao(emit: Emitter, source: Node, affine: AffineQuantizedObserverBase) -> tuple[Any, ...]:

@@ -35,18 +35,22 @@ class Verification:
         integers_equal: all outputs of integers and booleans are equal. Where not, what they are computed from was
             verified in their place.
         batches: how many inputs were compared.
+        shaken_db: where the file agrees by less than 30 dB, by how much the model agrees with itself once the last bits
+            of its float values change; infinite elsewhere.
     """
 
     sqnr_db: float
     within_one_step: bool
     integers_equal: bool
     batches: int
+    shaken_db: float = math.inf
 
 
 def verify(pte: bytes, converted: GraphModule, batches: Batches, lower: Lower) -> Verification:
     """Returns how the file's outputs compare with the converted model's.
 
-    A float output is right from 30 dB on, or when it is dequantized and no value is further than one step away.
+    A float output is right from 30 dB on, or when it is dequantized and no value is further than one step away, or when
+    the model does not agree better with itself once the last bits of its float values change (see ``shaken``).
     Integers and booleans are right when they are equal; and also when the float values that they are computed from are
     right, and each follows from them or from values a step away: an argmax may find the other one of two scores that
     are a step apart.
@@ -70,15 +74,16 @@ def verify(pte: bytes, converted: GraphModule, batches: Batches, lower: Lower) -
         if named is None:
             raise
         raise named from failure
-    integers_equal, lowest = True, math.inf
+    integers_equal, lowest, lowest_shaken = True, math.inf, math.inf
     for inputs, outputs in zip(batches, actual, strict=True):
         for found in agreements(converted, inputs, outputs):
             integers_equal = integers_equal and (found.is_right or not found.discrete)
             for each in _settled(found, converted, inputs, lower):
-                lowest = min(lowest, each.sqnr_db)
+                lowest, lowest_shaken = min(lowest, each.sqnr_db), min(lowest_shaken, each.shaken_db)
                 if not each.is_right:
                     raise _disagreement(each, converted, inputs, lower)
-    return Verification(lowest, lowest < FLOOR_DB, integers_equal, len(batches))
+    within_one_step = lowest < FLOOR_DB and math.isinf(lowest_shaken)
+    return Verification(lowest, within_one_step, integers_equal, len(batches), lowest_shaken)
 
 
 # -- integers --------------------------------------------------------------------------------------------------------

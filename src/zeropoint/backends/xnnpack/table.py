@@ -11,6 +11,7 @@ import torch
 from zeropoint.annotate.patterns import ACT, BIAS, FOLLOW, SHARED, Pattern, Table, Weight
 from zeropoint.backends.xnnpack import conditions as c
 from zeropoint.graph.layers import CLAMPS, LINEAR, PADS, VIEWS
+from zeropoint.numerics.granularity import PerToken
 
 aten = torch.ops.aten
 
@@ -35,7 +36,8 @@ TWO = {"self": ACT, "other": ACT}
 
 PATTERNS = (
     Pattern(
-        "linear", (LINEAR, CLAMPS), GEMM, when=(c.weight_is_constant, c.bias_is_constant), dynamic=(c.per_channel,)
+        "linear", (LINEAR, CLAMPS), GEMM, when=(c.weight_is_constant, c.bias_is_constant),
+        dynamic=(c.per_channel,), dynamic_granularity=PerToken(),
     ),
     Pattern(
         "conv", (CONV, CLAMPS), GEMM, when=(c.weight_is_constant, c.bias_is_constant, c.has_a_batch),

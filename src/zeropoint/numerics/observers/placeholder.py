@@ -9,6 +9,7 @@ import torch
 from zeropoint.core.dtypes import INTEGER_DTYPES, checked_range, plain_dtype
 from zeropoint.core.errors import CalibrationError, SpecError
 from zeropoint.core.specs import PER_CHANNEL, PER_TENSOR
+from zeropoint.numerics.granularity import Granularity, PerTensor, PerToken, granularity_of
 from zeropoint.numerics.observers.base import ObserverBase
 from zeropoint.numerics.qparams import FLOAT32_EPS
 
@@ -21,6 +22,8 @@ class PlaceholderObserver(ObserverBase):
         custom_op_name, compute_dtype: accepted for compatibility; ``compute_dtype`` makes it dynamic, as ever.
         quant_min, quant_max, qscheme, eps: what the dynamic quantization will use; None: the dtype's whole range,
             ``torch.per_tensor_affine``, float32 epsilon.
+        granularity: ``PerToken()`` for one scale of each vector along the last axis, of tensors that have two axes at
+            least; int8, -128..127, affine. None or ``PerTensor()``: one scale.
         spec: other keywords of a quantization spec, not used here.
 
     Raises:
@@ -37,6 +40,7 @@ class PlaceholderObserver(ObserverBase):
         qscheme: torch.qscheme | None = None,
         eps: float | None = None,
         is_dynamic: bool = False,
+        granularity: Granularity | None = None,
         **spec: Any,
     ) -> None:
         super().__init__(dtype, is_dynamic or compute_dtype is not None)
@@ -49,6 +53,17 @@ class PlaceholderObserver(ObserverBase):
         self.quant_min, self.quant_max = quant_min, quant_max
         self.eps = FLOAT32_EPS if eps is None else eps
         self.custom_op = custom_op_name
+        self.granularity = self._checked_granularity(granularity)
+
+    def _checked_granularity(self, value: Any) -> Granularity:
+        granularity = PerTensor() if value is None else granularity_of(value, type(self).__name__)
+        whole_range = self.quant_min in (None, -128) and self.quant_max in (None, 127)
+        taken = self.dtype == torch.int8 and whole_range and self.qscheme == torch.per_tensor_affine
+        if isinstance(granularity, PerTensor) or (isinstance(granularity, PerToken) and taken):
+            return granularity
+        what = f"{granularity} of {self.dtype}, {self.quant_min}..{self.quant_max}, {self.qscheme}"
+        remedy = "Use PerTensor(), or PerToken() with int8, -128..127 and torch.per_tensor_affine."
+        raise SpecError(what, where=type(self).__name__, remedy=remedy)
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Raises CalibrationError: a placeholder measures nothing."""

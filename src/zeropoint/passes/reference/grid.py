@@ -21,6 +21,7 @@ PER_TENSOR = (
     ops.QUANTIZE_PER_TENSOR, ops.DEQUANTIZE_PER_TENSOR,
     ops.QUANTIZE_PER_TENSOR_TENSOR, ops.DEQUANTIZE_PER_TENSOR_TENSOR,
 )  # fmt: skip
+PER_TOKEN = (ops.QUANTIZE_PER_TOKEN, ops.DEQUANTIZE_PER_TOKEN)
 PER_GROUP = (ops.QUANTIZE_PER_CHANNEL_GROUP, ops.DEQUANTIZE_PER_CHANNEL_GROUP)
 
 
@@ -28,7 +29,8 @@ PER_GROUP = (ops.QUANTIZE_PER_CHANNEL_GROUP, ops.DEQUANTIZE_PER_CHANNEL_GROUP)
 class Grid:
     """``(integer - zero_point) * scale``, integers from ``low`` to ``high``.
 
-    Scale and zero point are numbers or nodes; nodes of one value, or with a value for each index of ``axis``.
+    Scale and zero point are numbers or nodes: of one value, of a value for each index of ``axis``, or ``(..., 1)``
+    with a value for each vector along the last axis (``by_row``).
     """
 
     scale: Scale
@@ -37,6 +39,7 @@ class Grid:
     high: int
     dtype: torch.dtype
     axis: int | None = None
+    by_row: bool = False
 
     @classmethod
     def of(cls, node: Node) -> Grid:
@@ -47,7 +50,7 @@ class Grid:
         dimensions = node.meta["val"].dim()
         axis = argument(node, "axis") % dimensions if "axis" in passed else None
         assert isinstance(scale, (float, Node))
-        return cls(scale, 0 if zero_point is None else zero_point, *limits, axis)
+        return cls(scale, 0 if zero_point is None else zero_point, *limits, axis, node.target in PER_TOKEN)
 
     @property
     def is_static(self) -> bool:

@@ -23,7 +23,9 @@ from zeropoint.passes.reference.sums import Sum, requantized
 
 aten = torch.ops.aten
 PASS = "compute_in_integers"
-LEAVES = (ops.DEQUANTIZE_PER_TENSOR, ops.DEQUANTIZE_PER_TENSOR_TENSOR, ops.DEQUANTIZE_PER_CHANNEL)
+LEAVES = (
+    ops.DEQUANTIZE_PER_TENSOR, ops.DEQUANTIZE_PER_TENSOR_TENSOR, ops.DEQUANTIZE_PER_CHANNEL, ops.DEQUANTIZE_PER_TOKEN,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +34,16 @@ class Operand:
 
     Args:
         integers: a node of int16; of int32 and int64 where the quantized integers are of 16 and 32 bits.
-        scale: a number, or a node of float32 with one value, or with a value for each index of ``axis``.
+        scale: a number, or a node of float32 with one value, or with a value for each index of ``axis``; ``(..., 1)``
+            where each row has its own.
         axis: along which there are several scales.
+        by_row: each vector along the last axis has a scale of its own.
     """
 
     integers: Node
     scale: Scale
     axis: int | None
+    by_row: bool = False
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -102,9 +107,9 @@ class Integers:
         return self._operands[node]
 
     def operand_of_one_scale(self, node: Any) -> Operand | None:
-        """Returns what ``operand`` does; None too where channels have scales of their own."""
+        """Returns what ``operand`` does; None too where channels or rows have scales of their own."""
         operand = self.operand(node)
-        return operand if operand is not None and operand.axis is None else None
+        return operand if operand is not None and operand.axis is None and not operand.by_row else None
 
     def on_grid(self, node: Node, grid: Grid) -> Node | None:
         """Returns the integers of a node's values on a grid; None where they are computed in float."""
@@ -149,7 +154,7 @@ class Integers:
             return None
         grids = [self.grid(source) for source in sources_of(node)]
         known = [grid for grid in grids if grid is not None]
-        if len(known) < len(grids) or not all(known[0].has_integers_of(grid) for grid in known):
+        if len(known) < len(grids) or known[0].by_row or not all(known[0].has_integers_of(grid) for grid in known):
             return None
         if known[0].axis is not None:
             axis = axis_after(node, known[0].axis)
@@ -220,7 +225,7 @@ class Integers:
         if isinstance(scale, Node) and scale.meta["val"].dtype != torch.float32:  # Those chosen at run time.
             scale = emit.call(aten.to.dtype, scale, torch.float32)
         centered = emit.call(aten.sub.Tensor, emit.call(aten.to.dtype, integers, dtype), zero_point)
-        return Operand(centered, scale, grid.axis)
+        return Operand(centered, scale, grid.axis, grid.by_row)
 
 
 def _read_sizes_of(new: Node, node: Node) -> None:

@@ -22,7 +22,7 @@ FACTORS: dict[Any, tuple[str, str]] = {**PRODUCTS, aten.bmm.default: ("self", "m
 
 def _linear(integers: Integers, node: Node) -> Sum | None:
     x, weight = (integers.operand(argument(node, name)) for name in ("input", "weight"))
-    if x is None or weight is None or x.axis is not None or weight.axis not in (None, 0):
+    if x is None or weight is None or x.axis is not None or weight.axis not in (None, 0) or weight.by_row:
         return None
     dtype = _accumulator(x, weight)
     products = integers.emitter(node).call(OUT_DTYPE, aten.linear.default, dtype, x.integers, weight.integers, None)
@@ -32,7 +32,7 @@ def _linear(integers: Integers, node: Node) -> Sum | None:
 def _product(integers: Integers, node: Node) -> Sum | None:
     """A product of matrices. ``out_dtype`` has none of several: there, the factors get the type of the result."""
     x, weight = (integers.operand(argument(node, name)) for name in FACTORS[node.target])
-    if x is None or weight is None or x.axis is not None:
+    if x is None or weight is None or x.axis is not None or weight.by_row:
         return None
     dimensions = x.integers.meta["val"].dim(), weight.integers.meta["val"].dim()
     factors = argument(node, "alpha", 1), argument(node, "beta", 1)
@@ -51,6 +51,8 @@ def _convolution(integers: Integers, node: Node) -> Sum | None:
     x, weight = (integers.operand(argument(node, name)) for name in ("input", "weight"))
     transposed = node.target in TRANSPOSED or bool(argument(node, "transposed", False))
     if x is None or weight is None or x.axis is not None or weight.axis not in (None, int(transposed)):
+        return None
+    if x.by_row or weight.by_row:
         return None
     emit, groups = integers.emitter(node), argument(node, "groups")
     window = Window.of(node, transposed, weight.integers.meta["val"].shape[2:])
