@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ ROOTS = {"Quantizer", "ComposableQuantizer", "EmbeddingQuantizer"}
 """The classes of torchao that quantizers derive from."""
 
 
+@functools.cache
 def find_classes(package: str) -> dict[str, str]:
     """Returns the module of each class of the package that derives from torchao's ``Quantizer``, by the class's name.
 

@@ -26,8 +26,8 @@ CLASSES = """
 
 "As installed" is with the packages of `constraints.txt` alone. The packages that the other column adds: tosa-tools
 2026.5.0, ml_dtypes 0.5.1, ethos-u-vela 5.1.0, ai_ml_sdk_model_converter 0.9.0, openvino 2025.4.1, nncf 3.1.0,
-py-cpuinfo 9.0.0. Those of MediaTek and NXP are on no package index. `QNN_SDK_ROOT` is set, to nothing: Qualcomm's
-package downloads an SDK else.
+py-cpuinfo 9.0.0. What MediaTek's and NXP's need is on no package index. `QNN_SDK_ROOT` names a folder that does not
+exist: else Qualcomm's package downloads an SDK when it is imported. Classes of ExecuTorch's own tests are left out.
 """
 WANTS = """
 ## What each backend wants
@@ -41,12 +41,15 @@ RESULTS = """
 How many nodes are annotated, how many observers there are, and quantize and dequantize operators (q + dq); SQNR to the
 float network. Then torchao: its q + dq, how far its scales are from ours, SQNR between the two. Where scales differ by
 the last bits of a float, it is because zeropoint folds batch norm in double precision; a few values that then round to
-the next integer make 40 to 60 dB.
+the next integer make 40 to 60 dB. Where a quantizer annotates nothing of a network, `convert_pt2e` says so, and torchao
+returns the float network; one that is composed of none (`CadenceNopQuantizer`) asks for a float network, and gets it.
 """
 LOWERED = """
 ## Lowered and run
 
-The network of convolutions. SQNR is between the converted network in PyTorch and what the backend computed.
+The network of convolutions, as zeropoint converted it. SQNR is between that in PyTorch and what the backend computed:
+XNNPACK and OpenVINO on ExecuTorch's runtime, TOSA in Arm's reference model, Cortex-M in ExecuTorch's operators in
+PyTorch. Ethos-U is compiled by Vela.
 """
 
 
@@ -60,7 +63,7 @@ def number(value: float | None) -> str:
 def scales(value: float) -> str:
     """Returns how far scales are apart, in a power of ten."""
     if math.isnan(value):
-        return "others"
+        return "other sites"
     return "equal" if value == 0 else f"1e{math.ceil(math.log10(value))}"
 
 
@@ -70,20 +73,21 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines) + "\n"
 
 
-def first_line(row: Row) -> str:
-    """Returns why a row ends before its last stage."""
-    return str(row.get("error", "")).splitlines()[0][:160] if row.get("error") else ""
+def line(text: object) -> str:
+    """Returns the first sentence of a text."""
+    return str(text).split("\n")[0].split(". ")[0]
 
 
 def imported(row: Row) -> str:
-    return "yes" if "import" in row else first_line(row)
+    return "yes" if "import" in row else line(row["error"])
 
 
 def class_rows(rows: Sequence[Row], plain: Sequence[Row]) -> Iterator[list[str]]:
     """Gives name, module, and how the import went without and with vendors' packages."""
     before = {row["quantizer"]: imported(row) for row in plain}
     for name, row in {row["quantizer"]: row for row in rows}.items():
-        yield [f"`{name}`", f"`{row['module'].removeprefix('executorch.')}`", before.get(name, ""), imported(row)]
+        now = "no" if imported(row) == before.get(name) != "yes" else imported(row)
+        yield [f"`{name}`", f"`{row['module'].removeprefix('executorch.')}`", before.get(name, ""), now]
 
 
 def policy_rows() -> Iterator[list[str]]:
@@ -94,27 +98,30 @@ def policy_rows() -> Iterator[list[str]]:
 
 
 def result_rows(rows: Iterable[Row]) -> Iterator[list[str]]:
-    """Gives the cells of each row that got as far as a prepared network."""
+    """Gives the cells of each row whose quantizer could be made."""
     for row in rows:
-        if "prepare" not in row:
+        if "construct" not in row:
             continue
         ours = [row.get("annotate", ""), row.get("prepare", ""), row.get("convert", ""), number(row.get("sqnr"))]
-        theirs = row.get("torchao")
-        beside = [theirs["q/dq"], scales(theirs["scales"]), number(theirs["sqnr"])] if theirs else ["", "", ""]
-        error = first_line(row) if "lower" in row or not theirs else ""
-        yield [f"`{row['quantizer']}`", row["configuration"], *ours, *beside, error]
+        beside = row.get("beside")
+        distance = [scales(beside["scales"]), number(beside["sqnr"])] if beside else ["", ""]
+        theirs, stopped = line(row.get("torchao", "")), "" if "sqnr" in row else line(row["error"])
+        yield [f"`{row['quantizer']}`", row["configuration"], *ours, theirs, *distance, stopped]
 
 
 def lowered_rows(rows: Iterable[Row]) -> Iterator[list[str]]:
+    """Gives the cells of each row that has a lowering."""
     to = {(policy.quantizer, policy.configuration): policy.lower for policy in POLICIES}
     for row in rows:
         backend = to.get((row["quantizer"], row.get("configuration", "")))
-        if backend is None or "torchao" not in row or row["network"] != "convolutions":
+        if backend is None or "sqnr" not in row or row["network"] != "convolutions":
             continue
         found = row.get("lower", {})
         integer = f"{found['custom']} `cortex_m` operators" if found.get("custom") else found.get("delegates", "")
         size = f"{found['size']:,}" if found.get("size") else ""
-        result = number(row["run"]) if "run" in row else first_line(row)
+        result = (
+            line(row["error"]) if "error" in row else number(row["run"]) if "run" in row else "nothing here runs it"
+        )
         yield [f"`{row['quantizer']}`", row["configuration"], backend, integer, found.get("outside", ""), size, result]
 
 
@@ -127,7 +134,18 @@ def page(rows: Sequence[Row], plain: Sequence[Row]) -> str:
     ]
     wants = ["class", "configuration", "bias", "weights folded", "layout", "strict export", "lowering"]
     parts += [WANTS, table(wants, policy_rows())]
-    heads = ["class", "configuration", "annotated", "observers", "q + dq", "SQNR", "torchao", "scales", "SQNR", ""]
+    heads = [
+        "class",
+        "configuration",
+        "annotated",
+        "observers",
+        "q + dq",
+        "SQNR",
+        "torchao",
+        "scales",
+        "SQNR",
+        "stopped by",
+    ]
     for network in dict.fromkeys(row["network"] for row in rows if "network" in row):
         found = [row for row in rows if row.get("network") == network]
         parts += [RESULTS.format(network=network), table(heads, result_rows(found))]
@@ -140,8 +158,8 @@ def print_rows(rows: Iterable[Row]) -> Iterator[Row]:
     heads = f"{'q + dq':>8}{'SQNR':>7}{'torchao':>9}{'SQNR':>7}{'run':>7}{'s':>6}  stopped by"
     print(f"{'quantizer':<44}{'network':<15}{heads}")
     for row in rows:
-        theirs = row.get("torchao", {})
-        figures = f"{row.get('convert', ''):>8}{number(row.get('sqnr')):>7}{theirs.get('q/dq', ''):>9}"
-        figures += f"{number(theirs.get('sqnr')):>7}{number(row.get('run')):>7}{row.get('seconds', 0.0):>6.1f}"
-        print(f"{row['quantizer']:<44}{row.get('network', ''):<15}{figures}  {first_line(row)}", flush=True)
+        beside = row.get("beside", {})
+        figures = f"{row.get('convert', ''):>8}{number(row.get('sqnr')):>7}{line(row.get('torchao', ''))[:7]:>9}"
+        figures += f"{number(beside.get('sqnr')):>7}{number(row.get('run')):>7}{row.get('seconds', 0.0):>6.1f}"
+        print(f"{row['quantizer']:<44}{row.get('network', ''):<15}{figures}  {line(row.get('error', ''))}", flush=True)
         yield row

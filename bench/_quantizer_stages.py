@@ -158,26 +158,48 @@ def through_zeropoint(name: str, policy: Policy, quantizer: Any, report: Report)
     report("calibrate", SAMPLES)
     converted = ours.convert_pt2e(prepared, fold_quantize=policy.folded)
     report("convert", quantized_nodes(converted).total())
-    report("bias", bias_of(converted))
+    require_bias(policy, converted)
     return converted
 
 
-def through_torchao(name: str, policy: Policy, quantizer: Any) -> Any:
-    """Returns the network that torchao converts."""
+def require_bias(policy: Policy, converted: torch.fx.GraphModule) -> None:
+    """Raises when biases of quantized layers are not of the type that the policy says."""
+    found = bias_of(converted)
+    if found not in ("", policy.bias):
+        raise ValueError(f"biases are {found}, and the policy says {policy.bias or 'that none is quantized'}")
+
+
+def construct(policy: Policy, defining: Any) -> Any:
+    """Returns a new quantizer of the policy."""
+    from torchao.quantization.pt2e.quantizer import Quantizer
+
+    made = policy.make(defining)
+    if type(made).__name__ != policy.quantizer or not isinstance(made, Quantizer):
+        raise TypeError(f"the policy of {policy.quantizer} makes {type(made).__name__}")
+    return made
+
+
+def through_torchao(name: str, policy: Policy, quantizer: Any, report: Report) -> Any:
+    """Returns the network that torchao converts, or None; reports how many operators it has, or why there is none."""
     from torchao.quantization.pt2e import quantize_pt2e as theirs
 
-    prepared = theirs.prepare_pt2e(export(name, policy, check_guards=False), quantizer)
-    outputs(prepared, policy)
-    return theirs.convert_pt2e(prepared, fold_quantize=policy.folded)
+    try:
+        prepared = theirs.prepare_pt2e(export(name, policy, check_guards=False), quantizer)
+        outputs(prepared, policy)
+        converted = theirs.convert_pt2e(prepared, fold_quantize=policy.folded)
+    except Exception as error:
+        report("torchao", f"{type(error).__name__}: {error}")
+        return None
+    report("torchao", quantized_nodes(converted).total())
+    return converted
 
 
 def compare(policy: Policy, converted: Any, theirs: Any) -> dict[str, float]:
-    """Returns torchao's number of quantize and dequantize operators, and how far scales and outputs are from ours."""
+    """Returns how far scales and outputs are from torchao's."""
     ours_scales, their_scales = scales(converted).sort().values, scales(theirs).sort().values
-    same = ours_scales.shape == their_scales.shape and ours_scales.numel() > 0
+    same = ours_scales.shape == their_scales.shape
     return {
-        "q/dq": quantized_nodes(theirs).total(),
-        "scales": float((ours_scales / their_scales - 1).abs().max()) if same else math.nan,
+        "scales": max((ours_scales / their_scales - 1).abs().tolist(), default=0.0) if same else math.nan,
         "sqnr": sqnr_db(outputs(theirs, policy), outputs(converted, policy)),
     }
 
@@ -195,10 +217,11 @@ def run_stages(policy: Policy, module: str, name: str, stages: Sequence[str], re
     """Reports what each stage gave for one network, as soon as it did; "torchao" and "lower" where asked for."""
     defining = importlib.import_module(module)
     report("import", True)
-    report("construct", type(policy.make(defining)).__name__)
-    converted = through_zeropoint(name, policy, policy.make(defining), report)
+    report("construct", type(construct(policy, defining)).__name__)
+    theirs = through_torchao(name, policy, construct(policy, defining), report) if "torchao" in stages else None
+    converted = through_zeropoint(name, policy, construct(policy, defining), report)
     report("sqnr", sqnr_db(outputs(network(name), policy), outputs(converted, policy)))
-    if "torchao" in stages:
-        report("torchao", compare(policy, converted, through_torchao(name, policy, policy.make(defining))))
+    if theirs is not None:
+        report("beside", compare(policy, converted, theirs))
     if "lower" in stages and policy.lower is not None:
         lower(policy, converted, report)

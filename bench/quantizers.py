@@ -30,7 +30,7 @@ PROCESSES.set_forkserver_preload(
     ["bench._quantizer_stages", "torchao.quantization.pt2e.quantize_pt2e", "executorch.exir"]
 )
 STAGES = ("torchao", "lower")
-NO_DOWNLOAD = {"QNN_SDK_ROOT": os.devnull}
+NO_DOWNLOAD = {"QNN_SDK_ROOT": "/nonexistent"}
 """Qualcomm's package downloads an SDK when it is imported, unless it is told where one is."""
 
 
