@@ -128,8 +128,9 @@ def _share_implicitly(plan: Plan, sets: _UnionFind, roots: dict[Site, Quantizati
 
 def _same_integers(one: QuantizationSpecBase, other: QuantizationSpecBase) -> bool:
     """True when both specs are measured, and differ in their observers only."""
-    measured = isinstance(one, QuantizationSpec) and isinstance(other, QuantizationSpec)
-    return measured and replace(other, observer_or_fake_quant_ctr=one.observer_or_fake_quant_ctr) == one
+    if not isinstance(one, QuantizationSpec) or not isinstance(other, QuantizationSpec):
+        return False
+    return replace(other, observer_or_fake_quant_ctr=one.observer_or_fake_quant_ctr) == one
 
 
 def _kinds(specs: Iterable[QuantizationSpecBase]) -> dict[int, int]:
