@@ -162,6 +162,21 @@ class TestImplicitSharing:
         )
         assert len(partition(plan)) == 2
 
+    def test_the_observer_of_the_tensor_counts_before_those_of_its_readers(self):
+        # As in torchao. ExecuTorch's QnnQuantizer gives what cat returns an observer of its own, ExampleQuantizer add.
+        x, (a, b, c) = branched()
+        other = quantizers.activation(observer_or_fake_quant_ctr=HistogramObserver)
+        narrow = quantizers.activation(observer_or_fake_quant_ctr=HistogramObserver, quant_min=-8, quant_max=7)
+        plan = Plan({Site(x): ACT, Site(a, "self"): other, Site(b, "self"): ACT, Site(c, "self"): narrow})
+        group = resolve(plan)[Site(a, "self")]
+        assert set(group.sites) == {Site(x), Site(a, "self"), Site(b, "self")}
+        assert group.spec == ACT
+
+    def test_readers_that_forbid_it_measure_with_their_own_observer(self):
+        x, (a, _, _) = branched()
+        other = quantizers.activation(observer_or_fake_quant_ctr=HistogramObserver)
+        assert len(partition(Plan({Site(x): ACT, Site(a, "self"): other}, unshared={a}))) == 2
+
     def test_readers_that_forbid_it_have_their_own(self):
         x, readers = branched()
         plan = Plan({Site(x): ACT} | {Site(r, "self"): ACT for r in readers}, unshared=set(readers))

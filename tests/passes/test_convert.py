@@ -10,6 +10,7 @@ import torch
 from quantizers import KEY, OURS, annotate
 from torch import nn
 
+from zeropoint.annotate.quantizer import ComposableQuantizer
 from zeropoint.core.errors import CalibrationError, CaptureError, GraphError, NonFiniteError, SpecError
 from zeropoint.core.specs import FixedQParamsQuantizationSpec, QuantizationSpec
 from zeropoint.graph.graph_pass import bodies
@@ -25,7 +26,7 @@ from zeropoint.numerics.observers import (
     PerGroupMinMaxObserver,
     PlaceholderObserver,
 )
-from zeropoint.workflow import convert_pt2e, prepare_pt2e
+from zeropoint.workflow import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
 aten = torch.ops.aten
 PER_TENSOR = quantizers.activation(qscheme=torch.per_tensor_symmetric, quant_min=-127)
@@ -479,6 +480,20 @@ def test_a_quantizer_that_annotated_nothing():
     model = prepare_pt2e(models.exported(models.linear), quantizers.ByHand(lambda model: None))
     with pytest.raises(GraphError, match=r"no observers: the quantizer annotated nothing.* Give prepare_pt2e a quanti"):
         convert_pt2e(model)
+
+
+@pytest.mark.parametrize("prepare", [prepare_pt2e, prepare_qat_pt2e])
+def test_a_quantizer_that_is_composed_of_none(prepare):
+    module, inputs = models.linear()
+    result = convert_pt2e(prepare(models.exported(models.linear), ComposableQuantizer([])))
+    assert not any(node.target in ops.DEQUANTIZE_OPS for node in result.graph.nodes)
+    assert torch.equal(result(*inputs), module(*inputs))
+
+
+def test_a_composed_quantizer_of_which_none_annotated():
+    quantizer = ComposableQuantizer([quantizers.ByHand(lambda model: None)])
+    with pytest.raises(GraphError, match="no observers: the quantizer annotated nothing"):
+        convert_pt2e(prepare_pt2e(models.exported(models.linear), quantizer))
 
 
 def test_a_module_that_is_not_exported():

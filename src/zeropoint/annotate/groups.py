@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
 from zeropoint.annotate.plan import Plan, describe_place
 from zeropoint.core.errors import AnnotationError
-from zeropoint.core.specs import EdgeOrNode, QuantizationSpecBase, SharedQuantizationSpec
+from zeropoint.core.specs import EdgeOrNode, QuantizationSpec, QuantizationSpecBase, SharedQuantizationSpec
 from zeropoint.graph.bind import Site, reads
 
 
@@ -50,8 +50,8 @@ def resolve(plan: Plan) -> dict[Site, Group]:
     """Returns the group of each site of the plan.
 
     Sites share a group when a shared spec says so, when they are reads of one node by another, or implicitly: reads of
-    one tensor, and the tensor itself, whose specs are equal, unless the readers forbid it. The order in which
-    annotations were made does not matter.
+    one tensor whose specs are equal, and with the tensor itself where it has the same integers, whatever measures them,
+    unless the readers forbid it. The order in which annotations were made does not matter.
 
     Raises:
         AnnotationError: a shared spec names a place that is not quantized, or shared specs form a circle.
@@ -103,9 +103,13 @@ def _roots(plan: Plan, sets: _UnionFind) -> dict[Site, QuantizationSpecBase]:
 
 
 def _share_implicitly(plan: Plan, sets: _UnionFind, roots: dict[Site, QuantizationSpecBase]) -> None:
-    """Unites, tensor by tensor, the reads whose specs are equal, and the tensor itself where its spec is that too."""
+    """Unites, tensor by tensor, the reads whose specs are equal, and the tensor itself where it has the same integers.
+
+    Then the observer of the tensor counts, that of the reads does not: to measure again is to quantize twice.
+    """
     kind_of = _kinds(roots.values())
-    kinds = {site: kind_of[id(roots[sets.find(site)])] for site in plan.specs}
+    roots_of = {site: roots[sets.find(site)] for site in plan.specs}
+    kinds = {site: kind_of[id(root)] for site, root in roots_of.items()}
     alike: dict[tuple[Node, int], list[Site]] = defaultdict(list)
     for node in dict.fromkeys(site.node for site in plan.specs):
         for site, source in reads(node):
@@ -117,8 +121,16 @@ def _share_implicitly(plan: Plan, sets: _UnionFind, roots: dict[Site, Quantizati
             continue
         for site in sites[1:]:
             sets.union(sites[0], site)
-        if kinds.get(Site(source)) == kind:
-            sets.union(Site(source), sites[0])
+        own = Site(source)
+        if own in kinds and (kinds[own] == kind or _same_integers(roots_of[own], roots_of[sites[0]])):
+            sets.union(own, sites[0])
+
+
+def _same_integers(one: QuantizationSpecBase, other: QuantizationSpecBase) -> bool:
+    """True when both specs are measured, and differ in their observers only."""
+    if not isinstance(one, QuantizationSpec) or not isinstance(other, QuantizationSpec):
+        return False
+    return replace(other, observer_or_fake_quant_ctr=one.observer_or_fake_quant_ctr) == one
 
 
 def _kinds(specs: Iterable[QuantizationSpecBase]) -> dict[int, int]:

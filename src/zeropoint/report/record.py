@@ -33,6 +33,7 @@ class Record:
         biases: how biases were rounded.
         representation: how a converted graph is written.
         is_qat: the model was prepared for training.
+        stays_float: the quantizer is composed of none, which asks for a float model.
     """
 
     policy: BackendPolicy | None
@@ -42,6 +43,7 @@ class Record:
     biases: tuple[BiasRounding, ...] = ()
     representation: Representation = "q/dq"
     is_qat: bool = False
+    stays_float: bool = False
 
     @property
     def rounds_biases(self) -> bool:
@@ -51,7 +53,10 @@ class Record:
 
 def start_record(model: GraphModule, rows: tuple[CoverageRow, ...], quantizer: Any, *, is_qat: bool = False) -> None:
     """Puts a new record on a model that is about to get observers, or fake quantizers for training."""
-    model.meta[RECORD_KEY] = Record(policy_of(quantizer), rows, model_bytes(model), is_qat=is_qat)
+    composed = getattr(quantizer, "quantizers", None)
+    stays_float = isinstance(composed, (list, tuple)) and not composed
+    size = model_bytes(model)
+    model.meta[RECORD_KEY] = Record(policy_of(quantizer), rows, size, is_qat=is_qat, stays_float=stays_float)
 
 
 def record_of(model: GraphModule) -> Record:
@@ -76,14 +81,14 @@ def require_unprepared(model: GraphModule, where: str) -> None:
 
 
 def require_prepared(model: GraphModule, where: str) -> None:
-    """Raises when the model has no observers.
+    """Raises when the model has no observers, unless its quantizer is composed of none.
 
     Raises:
         GraphError: says why it has none: it was not prepared, nothing was annotated, or it was converted before.
     """
-    if has_observers(model):
-        return
     record = model.meta.get(RECORD_KEY)
+    if has_observers(model) or getattr(record, "stays_float", False):
+        return
     if record is None:
         why, remedy = "it was not prepared", "Give the result of prepare_pt2e."
     elif quantized_count(record.coverage) or any(n.target in ops.DEQUANTIZE_OPS for n in model.graph.nodes):
