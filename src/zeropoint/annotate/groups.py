@@ -12,6 +12,7 @@ from zeropoint.annotate.plan import Plan, describe_place
 from zeropoint.core.errors import AnnotationError
 from zeropoint.core.specs import EdgeOrNode, QuantizationSpecBase, SharedQuantizationSpec
 from zeropoint.graph.bind import Site, reads
+from zeropoint.graph.recurrent import STEP_KEY
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -103,22 +104,36 @@ def _roots(plan: Plan, sets: _UnionFind) -> dict[Site, QuantizationSpecBase]:
 
 
 def _share_implicitly(plan: Plan, sets: _UnionFind, roots: dict[Site, QuantizationSpecBase]) -> None:
-    """Unites, tensor by tensor, the reads whose specs are equal, and the tensor itself where its spec is that too."""
+    """Unites, tensor by tensor, the reads whose specs are equal, and the tensor itself where its spec is that too.
+
+    What a recurrent layer makes at each step of time counts as one tensor.
+    """
     kind_of = _kinds(roots.values())
     kinds = {site: kind_of[id(roots[sets.find(site)])] for site in plan.specs}
-    alike: dict[tuple[Node, int], list[Site]] = defaultdict(list)
+    alike: dict[tuple[object, int], list[Site]] = defaultdict(list)
+    made: dict[tuple[object, int], list[Site]] = defaultdict(list)
     for node in dict.fromkeys(site.node for site in plan.specs):
         for site, source in reads(node):
             if site in kinds:
-                alike[source, kinds[site]].append(site)
-    for (source, kind), sites in alike.items():
+                alike[_tensor(source), kinds[site]].append(site)
+        if Site(node) in kinds:
+            made[_tensor(node), kinds[Site(node)]].append(Site(node))
+    for key, sites in alike.items():
         _unite_repeated_reads(sets, sites)
-        if all(site.node in plan.unshared for site in sites):
-            continue
-        for site in sites[1:]:
-            sets.union(sites[0], site)
-        if kinds.get(Site(source)) == kind:
-            sets.union(Site(source), sites[0])
+        if not all(site.node in plan.unshared for site in sites):
+            _unite(sets, [*sites, *made[key]])
+    for sites in made.values():
+        _unite(sets, sites)
+
+
+def _tensor(node: Node) -> object:
+    """Returns what is the same for the nodes that count as one tensor."""
+    return (node.graph, node.meta[STEP_KEY]) if STEP_KEY in node.meta else node
+
+
+def _unite(sets: _UnionFind, sites: list[Site]) -> None:
+    for site in sites[1:]:
+        sets.union(sites[0], site)
 
 
 def _kinds(specs: Iterable[QuantizationSpecBase]) -> dict[int, int]:
