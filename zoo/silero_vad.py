@@ -5,6 +5,7 @@ Weights: silero-vad (MIT). Sound: the labelled telephone call of pyannote-audio 
 
 from __future__ import annotations
 
+import warnings
 import wave
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,11 @@ class SileroVad(nn.Module):
 def load(batch: int = 8) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """Returns the model in eval mode and example inputs: sound ``(batch, 576)`` and a state of zeros."""
     path = folder("silero_vad") / "data" / "silero_vad.jit"
-    weights = torch.jit.load(path, map_location="cpu").state_dict()
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", ".*torch.jit.load", DeprecationWarning
+        )  # The package has no other form of it.
+        weights = torch.jit.load(path, map_location="cpu").state_dict()
     model = SileroVad()
     model.load_state_dict({name: weights[f"_model.{_name_there(name)}"] for name in model.state_dict()})
     sound = torch.randn(batch, CONTEXT + STEP, generator=torch.Generator().manual_seed(0)) * 0.1

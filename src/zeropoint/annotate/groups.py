@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from zeropoint.annotate.plan import Plan, describe_place
 from zeropoint.core.errors import AnnotationError
 from zeropoint.core.specs import EdgeOrNode, QuantizationSpecBase, SharedQuantizationSpec
 from zeropoint.graph.bind import Site, reads
 from zeropoint.graph.recurrent import STEP_KEY
+
+Tensor: TypeAlias = Node | tuple[Graph, str]
+"""What one scale may belong to: what a node returns; or what a recurrent layer makes at each step of time."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -110,23 +114,27 @@ def _share_implicitly(plan: Plan, sets: _UnionFind, roots: dict[Site, Quantizati
     """
     kind_of = _kinds(roots.values())
     kinds = {site: kind_of[id(roots[sets.find(site)])] for site in plan.specs}
-    alike: dict[tuple[object, int], list[Site]] = defaultdict(list)
-    made: dict[tuple[object, int], list[Site]] = defaultdict(list)
+    alike: dict[tuple[Tensor, int], list[Site]] = defaultdict(list)
+    made: dict[tuple[Tensor, int], list[Site]] = defaultdict(list)
     for node in dict.fromkeys(site.node for site in plan.specs):
         for site, source in reads(node):
             if site in kinds:
                 alike[_tensor(source), kinds[site]].append(site)
-        if Site(node) in kinds:
+        if STEP_KEY in node.meta and Site(node) in kinds:
             made[_tensor(node), kinds[Site(node)]].append(Site(node))
-    for key, sites in alike.items():
-        _unite_repeated_reads(sets, sites)
-        if not all(site.node in plan.unshared for site in sites):
-            _unite(sets, [*sites, *made[key]])
     for sites in made.values():
         _unite(sets, sites)
+    for (tensor, kind), sites in alike.items():
+        _unite_repeated_reads(sets, sites)
+        if all(site.node in plan.unshared for site in sites):
+            continue
+        _unite(sets, sites)
+        output = Site(tensor) if isinstance(tensor, Node) else next(iter(made[tensor, kind]), None)
+        if output is not None and kinds.get(output) == kind:
+            sets.union(output, sites[0])
 
 
-def _tensor(node: Node) -> object:
+def _tensor(node: Node) -> Tensor:
     """Returns what is the same for the nodes that count as one tensor."""
     return (node.graph, node.meta[STEP_KEY]) if STEP_KEY in node.meta else node
 

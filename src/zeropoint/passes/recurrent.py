@@ -111,6 +111,7 @@ class _Layers:
     def __init__(self, node: Node, known: dict[object, Any]) -> None:
         self.node, self.emit, self.step = node, Emitter(node, PASS, known), LAYERS[node.target]
         self.time = 1 if argument(node, "batch_first") else 0
+        self.length = _length(node, self.time)
         self.directions = 2 if argument(node, "bidirectional") else 1
         self.states = _states(node)
         self.plain = Cell(self.emit, node.target, Weights(node, node), "")  # For what belongs to no direction.
@@ -153,18 +154,9 @@ class _Layers:
 
     def _steps(self, cell: Cell, sequence: Node) -> list[Node]:
         """Returns the steps of a sequence, of three dimensions too."""
-        length = self._length(sequence)
-        if length == 1:
+        if self.length == 1:
             return [sequence]
-        return [cell.call(aten.slice.Tensor, sequence, self.time, at, at + 1) for at in range(length)]
-
-    def _length(self, sequence: Node) -> int:
-        length = sequence.meta["val"].shape[self.time]
-        if isinstance(length, int):
-            return length
-        what = f"the length of its sequences is free ({length}), and a layer is taken apart step by step"
-        remedy = "Export it for one length, with Dim.STATIC for that axis; the batch may be free. Pad what is shorter."
-        raise GraphError(what, where=describe(self.node), remedy=remedy)
+        return [cell.call(aten.slice.Tensor, sequence, self.time, at, at + 1) for at in range(self.length)]
 
     def _start(self, cell: Cell, states: Node, index: int) -> Node | None:
         """Returns the state of one layer and direction before the first step, shaped like a step; None for zeros."""
@@ -204,6 +196,15 @@ class _Layers:
                 sizes = [s if isinstance(s, int) else -1 for s in reader.meta["val"].shape]
                 reader.replace_all_uses_with(self.plain.call(aten.reshape.default, step, sizes))
                 reader.graph.erase_node(reader)
+
+
+def _length(node: Node, axis: int) -> int:
+    length = argument(node, "input").meta["val"].shape[axis]
+    if isinstance(length, int):
+        return length
+    what = f"the length of its sequences is free ({length}), and a layer is taken apart step by step"
+    remedy = "Export it for one length, with Dim.STATIC for that axis; the batch may be free. Pad what is shorter."
+    raise GraphError(what, where=describe(node), remedy=remedy)
 
 
 def _have_equal_width(hidden: Node, carried: Node) -> bool:
