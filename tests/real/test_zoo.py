@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zoo import architectures, crepe, efficientnet_lite0, minilm, packages, waifu2x
+from zoo import architectures, crepe, efficientnet_lite0, minilm, packages, silero_vad, waifu2x
 from zoo.photos import LABELLED_PHOTOS
 
 
@@ -36,6 +36,11 @@ def test_efficientnet_lite0_reaches_its_accuracy():
 def test_crepe_finds_the_pitch():
     model, _ = crepe.load()
     assert crepe.metric(model, count=200) > 0.95
+
+
+def test_silero_vad_finds_speech():
+    model, _ = silero_vad.load()
+    assert silero_vad.metric(model) == pytest.approx(0.984, abs=0.002)
 
 
 def test_minilm_ignores_what_is_masked():

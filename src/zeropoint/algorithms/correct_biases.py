@@ -150,7 +150,9 @@ def _grid(model: GraphModule, layer: Node) -> torch.Tensor | None:
     if layer.target not in LAYERS or argument(layer, "weight").target not in ops.DEQUANTIZE_OPS:
         return None
     bias = argument(layer, "bias")
-    return bias_scale(model, layer) if bias is not None and bias.op == "get_attr" else None
+    if bias is None or bias.op != "get_attr" or len(bias.users) > 1:  # One that steps share suits none of them alone.
+        return None
+    return bias_scale(model, layer)
 
 
 def _correct(

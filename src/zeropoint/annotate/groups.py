@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from zeropoint.annotate.plan import Plan, describe_place
 from zeropoint.core.errors import AnnotationError
 from zeropoint.core.specs import EdgeOrNode, QuantizationSpec, QuantizationSpecBase, SharedQuantizationSpec
 from zeropoint.graph.bind import Site, reads
+from zeropoint.graph.recurrent import STEP_KEY
+
+Tensor: TypeAlias = Node | tuple[Graph, str]
+"""What one scale may belong to: what a node returns; or what a recurrent layer makes at each step of time."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -105,24 +110,31 @@ def _roots(plan: Plan, sets: _UnionFind) -> dict[Site, QuantizationSpecBase]:
 def _share_implicitly(plan: Plan, sets: _UnionFind, roots: dict[Site, QuantizationSpecBase]) -> None:
     """Unites, tensor by tensor, the reads whose specs are equal, and the tensor itself where it has the same integers.
 
-    Then the observer of the tensor counts, that of the reads does not: to measure again is to quantize twice.
+    Then the observer of the tensor counts, that of the reads does not: to measure again is to quantize twice. What a
+    recurrent layer makes at each step of time counts as one tensor.
     """
     kind_of = _kinds(roots.values())
     roots_of = {site: roots[sets.find(site)] for site in plan.specs}
     kinds = {site: kind_of[id(root)] for site, root in roots_of.items()}
-    alike: dict[tuple[Node, int], list[Site]] = defaultdict(list)
+    alike: dict[tuple[Tensor, int], list[Site]] = defaultdict(list)
+    made: dict[tuple[Tensor, int], list[Site]] = defaultdict(list)
     for node in dict.fromkeys(site.node for site in plan.specs):
         for site, source in reads(node):
             if site in kinds:
-                alike[source, kinds[site]].append(site)
-    for (source, kind), sites in alike.items():
+                alike[_tensor(source), kinds[site]].append(site)
+        if STEP_KEY in node.meta and Site(node) in kinds:
+            made[_tensor(node), kinds[Site(node)]].append(Site(node))
+    for sites in made.values():
+        _unite(sets, sites)
+    for (tensor, kind), sites in alike.items():
         _unite_repeated_reads(sets, sites)
         if all(site.node in plan.unshared for site in sites):
             continue
-        for site in sites[1:]:
-            sets.union(sites[0], site)
-        own = Site(source)
-        if own in kinds and (kinds[own] == kind or _same_integers(roots_of[own], roots_of[sites[0]])):
+        _unite(sets, sites)
+        own = Site(tensor) if isinstance(tensor, Node) else next(iter(made.get((tensor, kind), ())), None)
+        if own is None or own not in kinds:
+            continue
+        if kinds[own] == kind or _same_integers(roots_of[own], roots_of[sites[0]]):
             sets.union(own, sites[0])
 
 
@@ -131,6 +143,16 @@ def _same_integers(one: QuantizationSpecBase, other: QuantizationSpecBase) -> bo
     if not isinstance(one, QuantizationSpec) or not isinstance(other, QuantizationSpec):
         return False
     return replace(other, observer_or_fake_quant_ctr=one.observer_or_fake_quant_ctr) == one
+
+
+def _tensor(node: Node) -> Tensor:
+    """Returns what is the same for the nodes that count as one tensor."""
+    return (node.graph, node.meta[STEP_KEY]) if STEP_KEY in node.meta else node
+
+
+def _unite(sets: _UnionFind, sites: list[Site]) -> None:
+    for site in sites[1:]:
+        sets.union(sites[0], site)
 
 
 def _kinds(specs: Iterable[QuantizationSpecBase]) -> dict[int, int]:

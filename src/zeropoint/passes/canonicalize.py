@@ -17,6 +17,7 @@ from zeropoint.graph.sizes import are_equal
 from zeropoint.graph.source import WRITTEN_KEY
 from zeropoint.graph.views import views_to_reshapes
 from zeropoint.passes.recompose import recompose
+from zeropoint.passes.recurrent import RECURRENT, take_apart
 
 aten = torch.ops.aten
 GUARDS = "_guards_fn"
@@ -30,7 +31,9 @@ BY_SIZES: dict[Any, Any] = {
 
 @graph_pass
 def canonicalize(model: GraphModule) -> None:
-    """Removes checks that export adds and writes that nothing sees, takes attention apart, undoes decompositions."""
+    """Removes checks that export adds and writes that nothing sees, takes attention and recurrent layers apart, undoes
+    decompositions.
+    """
     known: dict[object, Any] = {}
     for node in [node for node in model.graph.nodes if _is_check(node)]:
         model.graph.erase_node(node)
@@ -41,6 +44,8 @@ def canonicalize(model: GraphModule) -> None:
             attended.update(decompose_attention(node, known))
         elif node.target in BY_SIZES:
             _give_sizes(node)
+        elif node.target in RECURRENT:
+            take_apart(node, known)
     # What moves the result's values may read any strides: those of attention are the query's, the product's are not.
     views_to_reshapes(model.graph, attended, MOVES)
     recompose(model, known)

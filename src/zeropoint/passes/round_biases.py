@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from zeropoint.graph.attributes import Names, get_attribute
+from zeropoint.graph.bias_grid import Grid, grid_of
 from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.emit import inherit
@@ -41,10 +42,12 @@ def round_biases(model: GraphModule) -> list[BiasRounding]:
     """Gives each quantized convolution and linear layer a bias of its own, of multiples of ``s_x * s_w``.
 
     The backend keeps the bias as int32 with that scale (Jacob et al. 2018, section 2.4), so a float bias off the grid
-    would make the graph differ from what runs. Returns what was changed, one entry per bias.
+    would make the graph differ from what runs. Layers that read one bias and one weight at inputs of one scale, as the
+    steps of a recurrent layer do, share it. Returns what was changed, one entry per bias.
     """
     constants, names = constant_nodes(model), Names(model)
     found: list[BiasRounding] = []
+    made: dict[tuple[Node, Grid], Node] = {}
     for node in list(model.graph.nodes):
         if node.target not in LAYERS:
             continue
@@ -52,10 +55,15 @@ def round_biases(model: GraphModule) -> list[BiasRounding]:
         scale = bias_scale(model, node)
         if not isinstance(bias, Node) or bias.op != "get_attr" or bias not in constants or scale is None:
             continue
+        key = (bias, grid_of(node))
+        if key in made:
+            set_argument(node, "bias", made[key])
+            continue
         value = get_attribute(model, str(bias.target)).detach()
         rounded, report = _round(node.name, value, scale)
         found.append(report)
-        _set_own_bias(model, node, bias, rounded, names)
+        made[key] = _own_bias(model, node, bias, rounded, names)
+        set_argument(node, "bias", made[key])
     return found
 
 
@@ -104,12 +112,12 @@ def _indices(mask: torch.Tensor) -> tuple[int, ...]:
     return tuple(mask.nonzero().flatten().tolist())
 
 
-def _set_own_bias(model: GraphModule, node: Node, bias: Node, value: torch.Tensor, names: Names) -> None:
-    """Puts the value at a path of its own: two layers have different grids, and one bias tensor cannot be on both."""
+def _own_bias(model: GraphModule, node: Node, bias: Node, value: torch.Tensor, names: Names) -> Node:
+    """Returns the value at a path of its own: one bias tensor cannot be on two grids."""
     path = names.new(f"{str(bias.target).replace('.', '_')}_")
     model.register_parameter(path, nn.Parameter(value, requires_grad=False))
     with node.graph.inserting_before(bias):
         own = node.graph.get_attr(path)
     own.meta = dict(bias.meta)
     inherit(own, bias, "round_biases")
-    set_argument(node, "bias", own)
+    return own

@@ -37,8 +37,8 @@ SMALLEST_RATIO = 2.0**-32
 def steady_weight_scales(model: GraphModule) -> dict[int, QParams]:
     """Returns the scale and zero point of layers' observers, by id; those of weights so that no tie can occur.
 
-    Covers each layer whose input and output are quantized to fixed scales, and whose weight no other layer reads:
-    ``s_x s_w / s_y`` is ``p / q``, ``q`` odd.
+    Covers each layer whose input and output are quantized to fixed scales, the same for all layers that read its
+    weight: ``s_x s_w / s_y`` is ``p / q``, ``q`` odd.
     """
     constants = constant_nodes(model)
     found: dict[int, QParams] = {}
@@ -47,7 +47,7 @@ def steady_weight_scales(model: GraphModule) -> dict[int, QParams]:
             continue
         read, observers = calls[1], [observer_of(model, call) for call in calls]
         source, weight = read.all_input_nodes[0], observers[1]
-        if source not in constants or len(read.users) > 1 or id(weight) in found:
+        if source not in constants or id(weight) in found or not _have_equal_scales(model, read):
             continue
         if any(getattr(observer, "constant_input", False) for observer in (observers[0], observers[2])):
             continue
@@ -119,6 +119,17 @@ def _calls(model: GraphModule, node: Node) -> tuple[Node, Node, Node] | None:
         return None
     one_scale = found[0].qscheme not in PER_CHANNEL and found[2].qscheme not in PER_CHANNEL
     return (x, weight, after) if one_scale and _has_one_scale_per_output(found[1]) else None
+
+
+def _have_equal_scales(model: GraphModule, weight: Node) -> bool:
+    """True when all readers of a weight have the same observers of input and output: one does, steps of time do."""
+    pairs: set[tuple[int, int]] = set()
+    for reader in weight.users if len(weight.users) > 1 else ():
+        calls = _calls(model, reader) if reader.target in LAYERS else None
+        if calls is None:
+            return False
+        pairs.add((id(observer_of(model, calls[0])), id(observer_of(model, calls[2]))))
+    return len(pairs) <= 1
 
 
 def _has_one_scale_per_output(observer: Any) -> bool:

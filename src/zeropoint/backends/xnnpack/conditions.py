@@ -27,7 +27,6 @@ MASKING = 1e4
 IN_FLOAT = "the XNNPACK delegate computes it in float only"
 OUTSIDE = "the XNNPACK delegate does not take it: the portable float kernel computes it"
 PORTABLE = "The portable float kernel computes it"
-TAKEN_APART = "it is taken apart when the file is made: the XNNPACK delegate computes its products, in float only"
 OTHERWISE = "In float only"
 NEEDS_CONSTANT = "a product of two activations: the XNNPACK delegate computes it in float only"
 MAX_DIMENSIONS = 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.fx import GraphModule, Node
 from zeropoint.backends.xnnpack.sound import SAME_SCALE, pads_itself
 from zeropoint.graph.attributes import Names, get_attribute
 from zeropoint.graph.batch_norms import BATCH_NORMS
+from zeropoint.graph.bias_grid import Grid, grid_of
 from zeropoint.graph.bind import argument, reads, replace_read, set_argument
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.emit import Emitter
@@ -38,8 +40,24 @@ def repair(model: GraphModule) -> None:
 
 
 def give_each_layer_its_bias(model: GraphModule) -> None:
-    """Clones a bias that several layers read: the delegate would quantize it once, with the first one's scale."""
-    _give_each_its_own(model, [(node, "bias") for node in model.graph.nodes if node.target in LAYERS])
+    """Clones a bias that several layers read: the delegate would quantize it once, with the first one's scale.
+
+    Layers of one input scale and one weight, as the steps of a recurrent layer are, read one bias.
+    """
+    names = Names(model)
+    seen: dict[str, dict[Grid, Node]] = defaultdict(dict)
+    for node in [node for node in model.graph.nodes if node.target in LAYERS]:
+        bias = argument(node, "bias")
+        if not isinstance(bias, Node) or bias.op != "get_attr":
+            continue
+        path, grid = str(bias.target), grid_of(node)
+        known = seen[path]
+        if grid in known:
+            set_argument(node, "bias", known[grid])
+            continue
+        if known:
+            _give_own_parameter(model, node, "bias", names.new(f"{path.replace('.', '_')}_"))
+        known[grid] = argument(node, "bias")
 
 
 def give_each_layer_of_one_dimension_its_weight(model: GraphModule) -> None:

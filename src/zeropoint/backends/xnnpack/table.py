@@ -80,7 +80,6 @@ FLOAT_ONLY = (
     ((aten.avg_pool2d.default,), c.average_in_float),
     ((aten.matmul.default, aten.bmm.default, aten.mm.default, aten.addmm.default), c.product_in_float),
     (PADS, c.padding_in_float),
-    ((aten.lstm.input, aten.gru.input), c.TAKEN_APART),
     (CONV3D, "the XNNPACK delegate has no three-dimensional convolution"),
     (
         (

@@ -1,0 +1,24 @@
+"""On which grid the bias of a quantized layer is kept: the integers of one tensor can be on one only."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from torch.fx import Node
+
+from zeropoint.graph.bind import argument
+from zeropoint.graph.layers import PADS
+from zeropoint.numerics import ops
+
+Grid: TypeAlias = tuple[float, Node] | None
+"""Scale of the input, and the stored weight, which has its scales; None for a bias that stays float."""
+
+
+def grid_of(layer: Node) -> Grid:
+    """Returns what the grid of a layer's bias follows from: layers for which that is equal may share one bias."""
+    x, weight = argument(layer, "input"), argument(layer, "weight")
+    if x.target in PADS and len(x.users) == 1:
+        x = x.all_input_nodes[0]
+    if x.target is not ops.DEQUANTIZE_PER_TENSOR or weight.target not in ops.DEQUANTIZE_OPS:
+        return None
+    return x.args[1], weight.all_input_nodes[0]

@@ -1,0 +1,46 @@
+"""Silero VAD, whose LSTM is taken apart: the same network in float, and in int8 through the real runtime."""
+
+import pytest
+import torch
+
+import zeropoint as zp
+from zeropoint.graph.capture import capture
+from zeropoint.passes.canonicalize import canonicalize
+from zeropoint.runtime.executorch import Program
+from zoo import silero_vad
+
+
+@pytest.fixture(scope="module")
+def network():
+    return silero_vad.load()
+
+
+@pytest.fixture(scope="module")
+def result(network):
+    model, inputs = network
+    return zp.quantize(model, inputs, silero_vad.calibration(60))
+
+
+def test_what_is_taken_apart_equals_the_network(network):
+    model, inputs = network
+    apart = capture(model, inputs)
+    canonicalize(apart)
+    apart.recompile()
+    assert torch.ops.aten.lstm_cell.default not in {node.target for node in apart.graph.nodes}
+    for batch in silero_vad.calibration(8):
+        for found, expected in zip(apart(*batch), model(*batch), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_int8_finds_speech_as_float_does(network, result):
+    start = silero_vad.CALIBRATION_SECONDS
+    program = Program(result.pte)
+    lost = silero_vad.metric(network[0], start) - silero_vad.metric(program, start)
+    assert lost < 0.015
+    assert result.runtime_sqnr_db >= 30
+
+
+def test_of_the_cell_only_sigmoid_and_tanh_are_float(result):
+    layers = [row for row in result.coverage if row.module == "rnn"]
+    assert {row.operator for row in layers if not row.is_quantized} == {"sigmoid", "tanh"}
+    assert {"linear", "add", "mul", "slice"} <= {row.operator for row in layers if row.is_quantized}
