@@ -43,8 +43,8 @@ QUANTIZERS = {
     "xpu": lambda: xpu.XPUInductorQuantizer().set_global(xpu.get_default_xpu_inductor_quantization_config()),
 }
 MODELS = (
-    "mlp", "called_twice", "tied", "conv2d_relu6", "conv_batch_norm_relu", "residual", "inverted_residual", "classifier",
-    "concatenation", "average_pools", "attention", "u_net", "squeeze_excite", "product", "recurrent_cell",
+    "mlp", "called_twice", "tied", "conv2d_relu6", "conv_batch_norm_relu", "residual", "inverted_residual",
+    "classifier", "concatenation", "average_pools", "attention", "u_net", "squeeze_excite", "product", "recurrent_cell",
 )  # fmt: skip
 
 
