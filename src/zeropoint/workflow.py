@@ -14,7 +14,7 @@ from zeropoint.annotate.read import read_plan
 from zeropoint.core.arguments import require_bool
 from zeropoint.graph.capture import require_exported
 from zeropoint.graph.explained import ExplainedModule
-from zeropoint.graph.graph_pass import pipeline
+from zeropoint.graph.graph_pass import control_flow_as_operators, control_flow_in_python, pipeline
 from zeropoint.graph.invariants import check_invariants
 from zeropoint.numerics.fake_quantize import FixedQParamsFakeQuantize
 from zeropoint.numerics.scratch import LateWrites
@@ -99,6 +99,7 @@ def prepare_qat_pt2e(
     observers = make_observers(model, plan, resolve(plan), quantizer, FixedQParamsFakeQuantize)
     start_record(model, rows, quantizer, is_qat=True)
     insert_observers(model, observers, look_again=record_of(model).policy is None)
+    control_flow_in_python(model)
     leave_mark(model)
     return finish(model, ExplainedModule)
 
@@ -148,6 +149,7 @@ def convert_pt2e(
     require_prepared(model, "convert_pt2e")
     on_grid, is_qat = record_of(model).rounds_biases, take_mark(model) or record_of(model).is_qat
     if is_qat:
+        control_flow_as_operators(model)
         end_training(model)
     known = steady_weight_scales if on_grid and not is_qat else nothing  # Trained weights are on a grid already.
     with LateWrites() as writes:
