@@ -32,7 +32,7 @@ def run_while_loop(condition: Body, body: Body, carried: Values, operands: Value
 
 
 def run_scan(body: Body, carried: Values, inputs: Values, operands: Values = ()) -> list[Any]:
-    """Returns what ``scan`` returns: what is carried after the last step, and the other results of each step, stacked."""
+    """Returns what ``scan`` returns: what is carried at last, and the other results of each step, stacked."""
     count = len(carried)
     steps: list[Values] = []
     for index in range(inputs[0].shape[0]):
