@@ -14,7 +14,7 @@ from zeropoint.annotate.read import read_plan
 from zeropoint.core.arguments import require_bool
 from zeropoint.graph.capture import require_exported
 from zeropoint.graph.explained import ExplainedModule
-from zeropoint.graph.graph_pass import pipeline
+from zeropoint.graph.graph_pass import control_flow_as_operators, control_flow_in_python, pipeline
 from zeropoint.graph.invariants import check_invariants
 from zeropoint.numerics.fake_quantize import FixedQParamsFakeQuantize
 from zeropoint.numerics.scratch import LateWrites
@@ -35,6 +35,7 @@ from zeropoint.passes.spell_batch_norm import spell_batch_norm
 from zeropoint.passes.weight_scales import steady_weight_scales
 from zeropoint.report.coverage import coverage
 from zeropoint.report.record import finish_record, record_of, require_prepared, require_unprepared, start_record
+from zeropoint.report.torchao_mark import leave_mark, take_mark
 
 StockObservers = Literal["replace", "keep"]
 
@@ -98,6 +99,8 @@ def prepare_qat_pt2e(
     observers = make_observers(model, plan, resolve(plan), quantizer, FixedQParamsFakeQuantize)
     start_record(model, rows, quantizer, is_qat=True)
     insert_observers(model, observers, look_again=record_of(model).policy is None)
+    control_flow_in_python(model)
+    leave_mark(model)
     return finish(model, ExplainedModule)
 
 
@@ -117,6 +120,7 @@ def prepare_with_plan(
     observers = make_observers(model, plan, resolve(plan), quantizer)
     start_record(model, coverage(model, plan), quantizer)
     insert_observers(model, observers, look_again=record_of(model).policy is None)
+    leave_mark(model)
     return finish(model, ExplainedModule), plan
 
 
@@ -136,14 +140,16 @@ def convert_pt2e(
     Raises:
         CalibrationError: an observer saw no data; names the tensor.
         GraphError: the model has no observers: it was not prepared, nothing was annotated, or it is converted already.
+            Or torchao prepared it for training, with batch norm; what it prepared else is converted.
         SpecError: a flag is no bool.
     """
     require_bool("use_reference_representation", use_reference_representation, "convert_pt2e")
     require_bool("fold_quantize", fold_quantize, "convert_pt2e")
     require_exported(model)
     require_prepared(model, "convert_pt2e")
-    on_grid, is_qat = record_of(model).rounds_biases, record_of(model).is_qat
+    on_grid, is_qat = record_of(model).rounds_biases, take_mark(model) or record_of(model).is_qat
     if is_qat:
+        control_flow_as_operators(model)
         end_training(model)
     known = steady_weight_scales if on_grid and not is_qat else nothing  # Trained weights are on a grid already.
     with LateWrites() as writes:

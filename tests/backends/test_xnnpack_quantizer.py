@@ -27,6 +27,7 @@ from zeropoint.numerics import ops
 from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.report.coverage import CoverageRow
 from zeropoint.report.record import record_of
+from zeropoint.report.torchao_mark import MARK
 from zeropoint.runtime.child import run_in_child
 
 aten = torch.ops.aten
@@ -196,7 +197,7 @@ def test_rules_of_modules_that_are_folded_or_do_nothing():
     ruled = XNNPACKQuantizer().set_global(INT8).set_module_type(nn.Dropout, None).set_module_name("1", INT8)
     model = prepare_pt2e(torch.export.export(module, (x,)).module(), ruled)  # type: ignore[arg-type]
     assert [row.is_quantized for row in record_of(model).coverage] == [True, True]
-    assert set(model.meta) == {"inline_constraints", "zeropoint"}
+    assert set(model.meta) == {"inline_constraints", "zeropoint", MARK}
     with pytest.raises(RuleError, match=r"\[1.*\] is folded into conv2d \(conv2d\) \[0.*\], which computes both"):
         rows(XNNPACKQuantizer().set_global(INT8).set_module_name("1", None), module, x)
 

@@ -176,3 +176,22 @@ def test_lowering_is_refused():
     for reference in (model.reference, torch.export.export(model.reference, model.batches[0]).module()):
         with pytest.raises(LoweringError, match=words):
             lower(reference, model.batches[0])
+
+
+def test_a_reference_without_products_is_refused_after_another_export():
+    """Of products, the operator out_dtype stays; a sum has none, and export drops the record of the model."""
+    x = torch.randn(2, 4)
+
+    class Added(torch.nn.Module):
+        def forward(self, x):
+            return x + x * 0.5
+
+    prepared = prepare_pt2e(
+        torch.export.export(Added(), (x,)).module(),
+        XNNPACKQuantizer().set_global(get_symmetric_quantization_config()),
+    )
+    prepared(x)
+    reference = convert_pt2e(prepared, use_reference_representation=True)
+    again = torch.export.export(reference, (x,)).module()
+    with pytest.raises(LoweringError, match="is in the reference representation"):
+        lower(again, (x,))

@@ -106,3 +106,25 @@ def test_copies_in_order_that_something_needs_stay(function):
     assert models.count(model, "contiguous") >= 1
     assert torch.equal(model(X), function(X))
     assert model(X).stride() == function(X).stride()
+
+
+@pytest.mark.parametrize(
+    ("function", "kept"),
+    [
+        (lambda x: x.clone(), 1),
+        (lambda x: x.clone().view(6), 1),
+        (lambda y, *_: ((y := y + 1), y.clone()), 1),
+        (lambda y: ((y := y + 1).clone(), y.clone().view(6)), 2),
+        (lambda x: ((x + 1).clone(), (x + 2).clone()), 0),
+        (lambda x: ((y := x + 1).relu(), y.clone()), 0),
+    ],
+)
+def test_results_that_are_copies_stay_apart(function, kept):
+    model = models.export(models.Applied(lambda m, x: function(x)), X)
+    canonicalize(model)
+    erase_no_ops(model)
+    model.recompile()
+    assert models.count(model, "clone") == kept
+    results, wanted = ([x] if isinstance(x, torch.Tensor) else x for x in (model(X), function(X)))
+    assert all(torch.equal(*each) for each in zip(results, wanted, strict=True))
+    assert len({each.data_ptr() for each in results} | {X.data_ptr()}) == len(results) + 1

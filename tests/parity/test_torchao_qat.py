@@ -4,7 +4,6 @@ torchao takes a minute for each model that it prepares and converts, so the mode
 """
 
 import copy
-import time
 from types import SimpleNamespace
 
 import models
@@ -92,7 +91,7 @@ def trained(model, steps=3):
 
 @pytest.fixture(scope="module")
 def both():
-    """Returns what torchao and we make of the model: prepared, trained, converted, and seconds."""
+    """Returns what torchao and we make of the model: prepared, trained, converted."""
     torch.manual_seed(0)
     module = Parts()
     models.randomize_norms(module)
@@ -103,15 +102,12 @@ def both():
         (quantize_pt2e.prepare_qat_pt2e, quantize_pt2e.convert_pt2e),
         (prepare_qat_pt2e, convert_pt2e),
     ):
-        start = time.perf_counter()
         prepared = prepare(copy.deepcopy(model), quantizer)
-        graph, seconds = copy.deepcopy(prepared), time.perf_counter() - start
+        graph = copy.deepcopy(prepared)
         outputs = trained(prepared)
         states = copy.deepcopy(prepared.state_dict())
         evaluated = copy.deepcopy(prepared)
-        start = time.perf_counter()
         converted = convert(prepared)
-        seconds += time.perf_counter() - start
         found.append(SimpleNamespace(**locals()))
     return found
 
@@ -188,7 +184,3 @@ def test_ours_is_what_was_trained(both):
         index = list(PARTS).index(name)
         scale = models.find(both[1].converted, "output").args[0][index].args[1]
         assert (prepared - converted).abs().max() <= scale * 1.001, name
-
-
-def test_ours_takes_a_fiftieth_of_the_time(both):
-    assert both[1].seconds * 50 < both[0].seconds

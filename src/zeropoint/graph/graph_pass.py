@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from zeropoint.core.errors import GraphError, ZeropointError
 from zeropoint.core.flags import debug_level
-from zeropoint.graph.compat import HigherOrderOperator
+from zeropoint.graph.control_flow import AS_OPERATORS, IN_PYTHON, is_control_flow
 from zeropoint.graph.show import show
 from zeropoint.graph.source import operator_name
 
@@ -27,7 +27,7 @@ def bodies(model: GraphModule) -> Iterator[tuple[str, GraphModule]]:
     """Yields the bodies of the control flow operators (``cond``, ``while_loop``, ``scan``, ``map``), each once."""
     seen: set[str] = set()
     for node in model.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
+        if not is_control_flow(node):
             continue
         for read in node.all_input_nodes:
             path = str(read.target)
@@ -86,6 +86,20 @@ def graph_pass(
         return result
 
     return run
+
+
+@graph_pass
+def control_flow_in_python(model: GraphModule) -> None:
+    """Lets control flow run in Python, so that gradients reach what its bodies hold."""
+    for node in model.graph.nodes:
+        node.target = IN_PYTHON.get(node.target, node.target)
+
+
+@graph_pass
+def control_flow_as_operators(model: GraphModule) -> None:
+    """Undoes ``control_flow_in_python``."""
+    for node in model.graph.nodes:
+        node.target = AS_OPERATORS.get(node.target, node.target)  # type: ignore[arg-type]
 
 
 def recompile(model: GraphModule) -> None:

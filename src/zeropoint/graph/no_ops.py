@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -38,7 +40,8 @@ def erase_no_ops(model: GraphModule) -> list[Node]:
     nodes = list(model.graph.nodes)
     reordering = set(_reordering(nodes, memory))
     views_to_reshapes(model.graph, reordering.copy())
-    erased = [node for node in nodes if node in reordering or is_no_op(node, memory)]
+    apart = _returned_apart(nodes, memory)
+    erased = [node for node in nodes if node in reordering or (is_no_op(node, memory) and node not in apart)]
     for node in erased:
         node.replace_all_uses_with(node.args[0])
         model.graph.erase_node(node)
@@ -56,6 +59,31 @@ def _reordering(nodes: list[Node], memory: Memory) -> list[Node]:
         and all(user.op != "output" for user in node.users)
     ]
     return [] if found and any(reads_strides(node, memory) for node in nodes) else found
+
+
+def _returned_apart(nodes: list[Node], memory: Memory) -> set[Node]:
+    """Returns the copies that keep results apart from the inputs and from one another.
+
+    The caller may write to either; bodies of control flow must not return one tensor twice, nor what they are given.
+    """
+    returned = [node for last in nodes if last.op == "output" for node in last.all_input_nodes]
+    origins = {node: _copied_from(node, memory) for node in returned}
+    count = Counter(origins.values())
+    apart: set[Node] = set()
+    for node, origin in origins.items():
+        own = memory.own(node)
+        is_input = isinstance(origin, str) or origin.op == "placeholder"
+        if isinstance(own, Node) and own.target in COPIES and (is_input or count[origin] > 1):
+            apart.add(own)
+    return apart
+
+
+def _copied_from(node: Node, memory: Memory) -> Node | str:
+    """Returns what ``memory.own`` does, and of a copy that of what it copies."""
+    own = memory.own(node)
+    while isinstance(own, Node) and own.target in COPIES:
+        own = memory.own(own.all_input_nodes[0])
+    return own
 
 
 def is_no_op(node: Node, memory: Memory) -> bool:

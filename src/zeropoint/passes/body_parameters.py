@@ -15,16 +15,9 @@ from torch.fx import GraphModule, Node
 
 from zeropoint.graph.attributes import Names, get_attribute
 from zeropoint.graph.constants import constant_nodes
+from zeropoint.graph.control_flow import IN_PYTHON
 from zeropoint.graph.emit import inherit
 from zeropoint.graph.graph_pass import bodies
-
-OPERATORS = (
-    torch.ops.higher_order.cond,
-    torch.ops.higher_order.while_loop,
-    torch.ops.higher_order.scan,
-    torch.ops.higher_order.map_impl,
-)
-"""Those whose last argument holds what each body reads last; others keep their operands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +62,7 @@ def _calls(model: GraphModule) -> Iterator[Call]:
     """Yields the calls whose bodies no other call runs."""
     by_path = dict(bodies(model))
     for node in list(model.graph.nodes):
-        if node.target in OPERATORS:
+        if node.target in IN_PYTHON:
             read = [n for n in node.all_input_nodes if n.op == "get_attr" and str(n.target) in by_path]
             if all(len(n.users) == 1 for n in read):
                 yield Call(node, tuple(by_path[str(n.target)] for n in read))

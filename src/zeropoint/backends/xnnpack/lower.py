@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from zeropoint.backends.xnnpack import edge
@@ -29,6 +29,7 @@ from zeropoint.graph.emit import complete_values
 from zeropoint.graph.graph_pass import recompile
 from zeropoint.graph.inputs import free_axes, free_sizes, inputs_for, with_free_sizes
 from zeropoint.graph.no_ops import erase_no_ops
+from zeropoint.numerics import ops
 
 REFERENCE = torch.ops.higher_order.out_dtype
 """An operator that the reference representation has, and no other graph."""
@@ -109,10 +110,16 @@ def _check_converted(model: GraphModule) -> None:
         what = "the model still has observers"
         raise LoweringError(what, where="xnnpack.lower", remedy="Give what convert_pt2e returned.")
     is_reference = getattr(model.meta.get("zeropoint"), "representation", None) == "reference"
-    if is_reference or any(node.target is REFERENCE for node in model.graph.nodes):
+    if is_reference or any(_is_integer_arithmetic(node) for node in model.graph.nodes):
         what = "the model is in the reference representation, and the delegate takes quantize and dequantize operators"
         remedy = "Convert with use_reference_representation=False, from a model that is prepared anew."
         raise LoweringError(what, where="xnnpack.lower", remedy=remedy)
+
+
+def _is_integer_arithmetic(node: Node) -> bool:
+    """True for what only the reference representation has: export drops the record that says so."""
+    source = node.args[0] if node.target is torch.ops.aten.to.dtype else None
+    return node.target is REFERENCE or (isinstance(source, Node) and source.target in ops.QUANTIZE_OPS)
 
 
 def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> LoweredProgram:
