@@ -50,6 +50,7 @@ def test_rules_of_the_readme(readme):
     assert readme["quantizer"].rules.by_module_name == {"3": None}
 
 
+@pytest.mark.filterwarnings("ignore")  # ExecuTorch and torchao warn where they are imported.
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_programs_of_the_docs_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

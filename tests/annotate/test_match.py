@@ -1,6 +1,7 @@
 """Annotating by a small made-up table."""
 
 import operator
+from dataclasses import replace
 
 import models
 import pytest
@@ -8,9 +9,9 @@ import quantizers
 import torch
 from torch import nn
 
-from zeropoint.annotate.annotation import Q_ANNOTATION_KEY
+from zeropoint.annotate.annotation import Q_ANNOTATION_KEY, annotation_of
 from zeropoint.annotate.match import annotate_by_table
-from zeropoint.annotate.patterns import ACT, BIAS, FOLLOW, SHARED, Pattern, Table, Weight
+from zeropoint.annotate.patterns import ACT, BIAS, BIAS_INT32, FOLLOW, SHARED, Pattern, Table, Weight
 from zeropoint.annotate.plan import DECISION_KEY
 from zeropoint.annotate.quantizer import ComposableQuantizer
 from zeropoint.annotate.read import read_plan
@@ -20,7 +21,8 @@ from zeropoint.core.configs import QuantizationConfig
 from zeropoint.core.errors import NothingQuantizedError, RuleError, SpecError
 from zeropoint.core.policy import BackendPolicy
 from zeropoint.core.specs import SharedQuantizationSpec
-from zeropoint.graph.bind import Site
+from zeropoint.graph.bind import Site, argument
+from zeropoint.numerics.observers import MinMaxObserver
 from zeropoint.workflow import prepare_pt2e, prepare_with_plan
 
 aten = torch.ops.aten
@@ -259,3 +261,40 @@ class TestTableQuantizer:
         model = models.export(module, torch.randn(1, 1, 2, 2))
         _, plan = prepare_with_plan(model, Tiny().set_global(CONFIG))
         assert "no convolution or linear layer" in plan.decisions[models.find(model, "batch_norm")].refusal
+
+
+# Integer biases.
+
+
+def annotated_with_int32_bias(config):
+    row = Pattern(
+        "linear",
+        ((aten.linear.default,),),
+        {"input": ACT, "weight": Weight(axis=0), "bias": BIAS_INT32},
+        dynamic=(),
+    )
+    model = models.exported(models.mlp)
+    annotate_by_table(model, Table("device", (row,)), Rules(everything=config))
+    node = models.find(model, "linear")
+    return node, annotation_of(node).input_qspec_map[argument(node, "bias")]
+
+
+def test_int32_bias_is_derived_from_activation_and_weight():
+    node, spec = annotated_with_int32_bias(CONFIG)
+    assert tuple(spec.derived_from) == ((node.args[0], node), (node.args[1], node))
+    assert spec.dtype == torch.int32
+    observers = [MinMaxObserver(dtype=torch.quint8, qscheme=torch.per_tensor_affine) for _ in range(2)]
+    for observer, high in zip(observers, (2.55, 5.1), strict=True):
+        observer(torch.tensor([0.0, high]))
+    scale, zero_point = spec.derive_qparams_fn(observers)
+    assert float(scale) == pytest.approx(0.01 * 0.02, rel=1e-6)
+    assert int(zero_point) == 0
+
+
+def test_int32_bias_gives_way_to_the_configuration():
+    _, spec = annotated_with_int32_bias(replace(CONFIG, bias=CONFIG.input_activation))
+    assert spec == CONFIG.input_activation
+
+
+def test_bias_stays_float_where_the_scale_is_chosen_at_run_time():
+    assert annotated_with_int32_bias(DYNAMIC)[1] is None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.annotation import annotation_of, is_annotated
@@ -24,7 +26,13 @@ from zeropoint.annotate.plan import DECISION_KEY, Decision
 from zeropoint.annotate.rules import Rules
 from zeropoint.annotate.stock import unwrapped
 from zeropoint.core.configs import QuantizationConfig
-from zeropoint.core.specs import PER_CHANNEL, QuantizationSpec, QuantizationSpecBase, SharedQuantizationSpec
+from zeropoint.core.specs import (
+    PER_CHANNEL,
+    DerivedQuantizationSpec,
+    QuantizationSpec,
+    QuantizationSpecBase,
+    SharedQuantizationSpec,
+)
 from zeropoint.graph.batch_norms import BATCH_NORMS, STAYS, keeps_statistics
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.compat import is_tensor_list, is_tensor_value
@@ -192,6 +200,8 @@ def _input_spec(match: Match, read: Input, first: Input) -> QuantizationSpecBase
             if spec is None or spec.qscheme not in PER_CHANNEL or spec.ch_axis == axis:
                 return spec
             return replace(spec, ch_axis=axis)
+        case Bias(integer=True) if match.config.bias is None:
+            return _int32_bias(match)
         case Bias():
             return match.config.bias
         case Follow():
@@ -213,6 +223,29 @@ def _at_run_time(match: Match) -> QuantizationSpecBase | None:
     if isinstance(granularity, PerTensor):
         return spec
     return replace(spec, observer_or_fake_quant_ctr=PlaceholderObserver.with_args(granularity=granularity))
+
+
+def _int32_bias(match: Match) -> QuantizationSpecBase | None:
+    """Returns the spec of an int32 bias in steps of ``s_x * s_w``; None where one of them is none."""
+    activation, weight = match.config.input_activation, match.config.weight
+    if activation is None or match.config.is_dynamic or not isinstance(weight, QuantizationSpec):
+        return None
+    by_role = {type(read.role): (read.source, read.reader) for read in match.inputs()}
+    is_per_channel = weight.qscheme in PER_CHANNEL
+    return DerivedQuantizationSpec(
+        derived_from=(by_role[Activation], by_role[Weight]),
+        derive_qparams_fn=product_of_scales,
+        dtype=torch.int32,
+        qscheme=torch.per_channel_symmetric if is_per_channel else torch.per_tensor_symmetric,
+        ch_axis=0 if is_per_channel else None,
+    )
+
+
+def product_of_scales(observers: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns scale and zero point of sums of products of what two observers saw, and so of a bias added to them."""
+    first, second = (observer.calculate_qparams()[0] for observer in observers)
+    scale = first * second
+    return scale, torch.zeros_like(scale, dtype=torch.int64)
 
 
 def _output_spec(match: Match, first: Input) -> QuantizationSpecBase | None:

@@ -34,7 +34,13 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Bias:
-    """A constant that gets the configuration's bias spec; none: it stays float."""
+    """A constant that gets the configuration's bias spec; none: it stays float.
+
+    Args:
+        integer: where the configuration has none, int32 in steps of ``s_x * s_w``, the scales of activation and weight.
+    """
+
+    integer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,7 @@ class Shared:
     """A tensor that has the scale of the first input."""
 
 
-ACT, BIAS, FOLLOW, SHARED = Activation(), Bias(), Follow(), Shared()
+ACT, BIAS, BIAS_INT32, FOLLOW, SHARED = Activation(), Bias(), Bias(integer=True), Follow(), Shared()
 ONE_SCALE = PerTensor()
 Role: TypeAlias = Activation | Weight | Bias | Follow | Shared
 
