@@ -112,6 +112,7 @@ class QuantizedModel:
         file = "not verified" if self.verification is None else f"{_agreement(self.verification)} on the runtime"
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.stages_s.items())
         speed = [f"speed     {note}"] if (note := self.speed_note()) else []
+        data = "calibration data" if "calibrate" in self.stages_s else "the example inputs"
         free = [f"sizes     free up to {', '.join(f'{axis} {end}' for axis, end in self.free)}"] if self.free else []
         return "\n".join(
             [
@@ -121,7 +122,7 @@ class QuantizedModel:
                 size_line(self.record.float_bytes, self.record.converted_bytes, "weights"),
                 *float_weight_lines(self.model, self.record.converted_bytes),
                 f"file      {len(self.pte):,} bytes; {self.delegates} delegate(s); left outside: {left}",
-                f"outputs   against float {decibels(self.float_sqnr_db)} on calibration data",
+                f"outputs   against float {decibels(self.float_sqnr_db)} on {data}",
                 f"          file against converted model: {file}",
                 *free,
                 *speed,

@@ -69,6 +69,19 @@ def test_a_convolution_has_one_scale():
     assert result.runtime_sqnr_db > 60
 
 
+def test_a_table_that_stays_float_says_how_it_would_not():
+    module = nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 8)).eval()
+    inputs = (torch.randint(0, 50, (2, 7)),)
+    result = zp.quantize(module, inputs, quantizer=dynamic(), verify=False)
+    (row,) = (row for row in result.coverage if not row.is_quantized)
+    assert row.reason.endswith("EmbeddingQuantizer, composed with this quantizer, keeps its table in bytes")
+    assert "on the example inputs" in str(result)
+    smaller = zp.quantize(
+        module, inputs, quantizer=zp.ComposableQuantizer([dynamic(), zp.EmbeddingQuantizer()]), verify=False
+    )
+    assert len(smaller.pte) < len(result.pte) - 50 * 64 * 2
+
+
 def test_a_static_configuration_without_data_is_refused_where_it_measures():
     module, inputs = models.mlp()
     with pytest.raises(CalibrationError, match=r"measures activations, and there is no calibration_data. Give batches"):

@@ -64,17 +64,6 @@ INTERNAL |= {f"utils.{name}": PASSES for name in UTILITIES}
 STEPS = ("reset_histogram", "observe_quant_params")
 """Methods that torchao's observers call on themselves, and one that prints: ours are printed as modules are."""
 
-NOT_YET = {
-    "lowering",
-    "quantizer.arm_inductor_quantizer",
-    "quantizer.x86_inductor_quantizer",
-    "quantizer.xpu_inductor_quantizer",
-}
-"""Modules and names that are still to come. One that is there has to be taken off this list.
-
-torchao's own quantizers for Inductor run in our prepare and convert as they are (``test_inductor_quantizers.py``).
-"""
-
 
 def modules() -> list[str]:
     """Returns the dotted paths of torchao's modules inside of its package; empty for the package itself."""
@@ -96,7 +85,7 @@ def promised() -> list[tuple[str, str]]:
     """Returns each ``(module, name)`` that ought to be there."""
     found = []
     for module in modules():
-        if module in NOT_YET or module in INTERNAL:
+        if module in INTERNAL:
             continue
         names = [*getattr(at(THEIRS, module), "__all__", []), *USED.get(module, [])]
         found += [(module, name) for name in dict.fromkeys(names) if full(module, name) not in INTERNAL]
@@ -145,8 +134,6 @@ def is_called(value) -> bool:
 
 @pytest.mark.parametrize(("module", "name"), promised(), ids=lambda part: part or "pt2e")
 def test_each_name_is_there_and_is_called_alike(module, name):
-    if full(module, name) in NOT_YET or name in NOT_YET:
-        return
     theirs, ours = getattr(at(THEIRS, module), name), getattr(at(OURS, module), name)
     assert name in at(OURS, module).__all__
     assert inspect.isclass(theirs) is inspect.isclass(ours)
@@ -158,7 +145,7 @@ def test_each_name_is_there_and_is_called_alike(module, name):
 @pytest.mark.parametrize(("module", "name"), promised(), ids=lambda part: part or "pt2e")
 def test_each_method_of_a_class_is_there(module, name):
     theirs = getattr(at(THEIRS, module), name)
-    if not inspect.isclass(theirs) or full(module, name) in NOT_YET or name in NOT_YET:
+    if not inspect.isclass(theirs):
         return
     ours = getattr(at(OURS, module), name)
     own = [kind for kind in theirs.__mro__ if kind.__module__.startswith("torchao")]
@@ -168,15 +155,10 @@ def test_each_method_of_a_class_is_there(module, name):
 
 def test_each_module_is_there_or_has_a_reason():
     absent = [module for module in modules() if module and not exists(module)]
-    assert not [module for module in absent if module not in INTERNAL and module not in NOT_YET]
+    assert not [module for module in absent if module not in INTERNAL]
 
 
-@pytest.mark.parametrize("path", sorted(NOT_YET))
-def test_what_is_still_to_come_is_not_there(path):
-    assert not exists(path), f"{path} is there: take it off NOT_YET"
-
-
-@pytest.mark.parametrize("path", sorted({*INTERNAL, *NOT_YET}))
+@pytest.mark.parametrize("path", sorted(INTERNAL))
 def test_the_lists_name_what_torchao_has(path):
     module, _, name = path.rpartition(".")
     assert path in modules() or hasattr(at(THEIRS, module), name)

@@ -7,8 +7,9 @@ import importlib
 import importlib.util
 import logging
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from types import ModuleType
+from typing import Any
 
 from zeropoint.core.errors import MissingExtraError
 
@@ -24,6 +25,20 @@ def import_extra(module: str, extra: str) -> ModuleType:
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise _missing(error.name or module, module, extra) from error
+
+
+def names_of(module: str, extra: str) -> Callable[[str], Any]:
+    """Returns a ``__getattr__`` by which a module of ours has the names of an optional one, imported on first use."""
+
+    def get(name: str) -> Any:
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(name)
+        found = import_extra(module, extra)
+        if not hasattr(found, name):
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return getattr(found, name)
+
+    return get
 
 
 def require_extra(module: str, extra: str) -> None:

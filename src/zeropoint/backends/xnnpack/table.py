@@ -80,11 +80,12 @@ FLOAT_ONLY = (
     ((aten.avg_pool2d.default,), c.average_in_float),
     ((aten.matmul.default, aten.bmm.default, aten.mm.default, aten.addmm.default), c.product_in_float),
     (PADS, c.padding_in_float),
+    ((aten.embedding.default,), c.OF_A_TABLE),
     (CONV3D, "the XNNPACK delegate has no three-dimensional convolution"),
     (
         (
             aten.elu.default, aten.selu.default, aten.softplus.default, aten.layer_norm.default,
-            aten.group_norm.default, aten.embedding.default, aten.sum.dim_IntList,
+            aten.group_norm.default, aten.sum.dim_IntList,
             aten.amax.default, aten.max_pool1d.default, aten.upsample_nearest2d.vec, aten.split.Tensor,
             aten.chunk.default, aten.select.int, aten.unbind.int, aten.expand.default, aten.repeat.default,
             aten.native_layer_norm.default, aten.log_softmax.int,
