@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+import qat_quantizers
+import quantizers
 import torch
 import torch._dynamo
 import torch.export._trace
@@ -16,12 +18,15 @@ import torch.export._trace
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pt2e = pytest.importorskip("torchao.quantization.pt2e")
+    affine = pytest.importorskip("torchao.quantization.pt2e._affine_quantization")
     quantizer = pytest.importorskip("torchao.quantization.pt2e.quantizer")
     workflow = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
     xnnpack = pytest.importorskip("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
 
 THEIRS = SimpleNamespace(**vars(pt2e), **{k: v for k, v in vars(quantizer).items() if k not in vars(pt2e)})
 """The classes that an annotation is made of, torchao's."""
+BY_TORCHAO = quantizers.ByHand(lambda model: quantizers.static(model, THEIRS))
+BY_TORCHAO_FOR_TRAINING = quantizers.ByHand(lambda model: qat_quantizers.qat(model, THEIRS))
 
 
 class Exported(Exception):

@@ -8,7 +8,7 @@ import pytest
 import qat_quantizers
 import quantizers
 import torch
-from peer import THEIRS, Exported, calls_of, exports_raise, pt2e, workflow, xnnpack
+from peer import BY_TORCHAO, BY_TORCHAO_FOR_TRAINING, Exported, calls_of, exports_raise, pt2e, workflow, xnnpack
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,10 +69,9 @@ def of(build):
 def test_prepare_qat_exports_patterns():
     """torchao's prepare_qat_pt2e exports 12 patterns twice in every call: 17 s for one convolution."""
     model = in_train_mode(blocks(1)[0])
-    by_torchao = quantizers.ByHand(lambda model: qat_quantizers.qat(model, THEIRS))
     with exports_raise():
         with pytest.raises(Exported):
-            workflow.prepare_qat_pt2e(copy.deepcopy(model), by_torchao)
+            workflow.prepare_qat_pt2e(copy.deepcopy(model), BY_TORCHAO_FOR_TRAINING)
         prepared = prepare_qat_pt2e(model, quantizers.ByHand(qat_quantizers.qat))
     assert models.count(prepared, "div") == 2  # The layer and its norm are one all the same.
 
@@ -115,9 +114,7 @@ def test_prepare_of_ptq_exports_patterns_of_qat():
 
 def test_reference_representation_exports_patterns():
     """torchao's convert_pt2e makes 24 exports for use_reference_representation."""
-    theirs = workflow.prepare_pt2e(
-        models.exported(linears, 1), quantizers.ByHand(lambda model: quantizers.static(model, THEIRS))
-    )
+    theirs = workflow.prepare_pt2e(models.exported(linears, 1), BY_TORCHAO)
     theirs(torch.randn(2, 2))
     ours = calibrated(1)
     with exports_raise():
