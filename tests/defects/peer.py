@@ -19,8 +19,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pt2e = pytest.importorskip("torchao.quantization.pt2e")
     affine = pytest.importorskip("torchao.quantization.pt2e._affine_quantization")
+    their_prepare = pytest.importorskip("torchao.quantization.pt2e.prepare")
     quantizer = pytest.importorskip("torchao.quantization.pt2e.quantizer")
     workflow = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
+    x86 = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
     xnnpack = pytest.importorskip("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
 
 THEIRS = SimpleNamespace(**vars(pt2e), **{k: v for k, v in vars(quantizer).items() if k not in vars(pt2e)})

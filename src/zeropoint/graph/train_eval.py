@@ -55,8 +55,8 @@ def move_exported_model_to_train(model: GraphModule) -> GraphModule:
     What was exported in eval mode is trained too, batch norm with its running statistics as a start. Not so a norm that
     was in eval mode while another one of the model, or an ``nn.Dropout``, was in train mode: it was frozen, and its
     statistics stay. What export left out in eval mode cannot come back: the dropout of attention, which is a number
-    there; and a batch norm with ``momentum=None``, exported in eval mode, has momentum 0 in its graph, so its statistics
-    stay.
+    there; and a batch norm with ``momentum=None``, exported in eval mode, has momentum 0 in its graph, so that its
+    statistics stay.
 
     Raises:
         CaptureError: the model is no graph module.
