@@ -22,8 +22,8 @@ from zeropoint.pt2e import graph_utils, utils
 from zeropoint.workflow import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
 aten = torch.ops.aten
-LINEAR = 2.2
-"""Twice the layers may take this many times the calls."""
+LINEAR = 2.1
+"""Twice the layers may take this many times the calls. Measured: 1.97 to 2.00; torchao 2.2 and more, rising."""
 BLOCK = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
 
 
@@ -162,12 +162,13 @@ def test_shared_histogram_is_searched_for_each_site():
 
 def test_prepare_is_quadratic():
     """torchao's prepare probes names from 0 for every observer: 2.9 million hasattr for 800 linear layers."""
-    assert growth(lambda model: prepare_pt2e(model, quantizers.STATIC), of(linears)) < LINEAR
+    assert growth(lambda model: prepare_pt2e(model, quantizers.STATIC), of(linears), 40) < LINEAR
+    assert growth(lambda model: workflow.prepare_pt2e(model, BY_TORCHAO), of(linears), 40) > LINEAR
 
 
 def test_convert_is_quadratic():
     """torchao's convert probes names of scales from 0 as well: 22 s for 800 linear layers."""
-    assert growth(convert_pt2e, calibrated) < LINEAR
+    assert growth(convert_pt2e, calibrated, 40) < LINEAR
 
 
 def test_new_attribute_names_are_probed_from_0():
@@ -231,3 +232,4 @@ def test_collect_producer_nodes_walks_every_path():
 def test_implicit_sharing_is_quadratic_in_readers():
     """torchao compares each reader of a tensor with every other one: the sum of users squared."""
     assert growth(lambda model: prepare_pt2e(model, quantizers.STATIC), of(readers)) < LINEAR
+    assert growth(lambda model: workflow.prepare_pt2e(model, BY_TORCHAO), of(readers)) > 2.5
