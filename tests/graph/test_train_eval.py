@@ -273,6 +273,21 @@ def test_a_frozen_norm_keeps_its_statistics():
     assert models.find(graph, "batch_norm").args[5] is True
 
 
+def test_norms_that_are_all_frozen_stay_so_beside_dropout_in_train_mode():
+    module = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Dropout(0.3)).train()
+    for norm in (module[0], module[2]):
+        norm.eval()
+    graph = exported(copy.deepcopy(module))
+    assert mode_of(graph) is True
+    for mode in (False, True, True, False, True):
+        MOVES[mode](graph)
+        module.train(mode)
+        for norm in (module[0], module[2]):
+            norm.eval()
+        assert_same(module, graph)
+    assert torch.equal(graph.state_dict()["0.running_mean"], torch.zeros(3))
+
+
 def test_dropout_in_eval_mode_freezes_no_norm():
     module = models.Applied(lambda m, x: nn.functional.dropout(m.norm(x), 0.3), norm=nn.BatchNorm2d(3)).eval()
     graph = exported(module)

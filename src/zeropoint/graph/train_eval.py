@@ -15,6 +15,7 @@ from zeropoint.graph.bind import argument, argument_names, set_argument
 from zeropoint.graph.counters import Counters
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.no_ops import DROPOUTS
+from zeropoint.graph.source import module_stack
 
 aten = torch.ops.aten
 NORMS = (*BATCH_NORMS, aten.instance_norm.default)
@@ -29,6 +30,7 @@ FLAGS = ("training", "train", "use_input_stats")
 """Names of the argument that says the mode."""
 FROZEN_KEY = "zeropoint_frozen"
 """Metadata of a norm that stays in eval mode."""
+_DROPOUT_MODULES = "torch.nn.modules.dropout."
 DROPOUT_P_KEY = "zeropoint_dropout_p"
 """Metadata of an attention in eval mode: its dropout in train mode."""
 
@@ -51,9 +53,10 @@ def move_exported_model_to_train(model: GraphModule) -> GraphModule:
     """Returns the model, its graph changed to train mode: what ``train()`` does to the module that was exported.
 
     What was exported in eval mode is trained too, batch norm with its running statistics as a start. Not so a norm that
-    was in eval mode while another one of the model was in train mode: it was frozen, and its statistics stay. What
-    export left out in eval mode cannot come back: the dropout of attention, which is a number there; and a batch norm
-    with ``momentum=None``, exported in eval mode, has momentum 0 in its graph, so its statistics stay.
+    was in eval mode while another one of the model, or an ``nn.Dropout``, was in train mode: it was frozen, and its
+    statistics stay. What export left out in eval mode cannot come back: the dropout of attention, which is a number
+    there; and a batch norm with ``momentum=None``, exported in eval mode, has momentum 0 in its graph, so that its
+    statistics stay.
 
     Raises:
         CaptureError: the model is no graph module.
@@ -112,11 +115,16 @@ def become(model: GraphModule, kind: type[GraphModule]) -> None:
 def mode_of(model: GraphModule) -> bool | None:
     """Returns True for a graph in train mode; None where nothing depends on the mode.
 
-    Norms decide where there are some: a program may want dropout in eval mode too.
+    Norms and modules for dropout decide where there are some: a function may drop values in eval mode too.
     """
-    modes = [(node.target in NORMS, mode) for node in _nodes(model) if (mode := _mode(node)) is not None]
-    of_norms = [mode for is_norm, mode in modes if is_norm]
-    return any(of_norms or (mode for _, mode in modes)) if modes else None
+    modes = [(_decides(node), mode) for node in _nodes(model) if (mode := _mode(node)) is not None]
+    deciding = [mode for decides, mode in modes if decides]
+    return any(deciding or (mode for _, mode in modes)) if modes else None
+
+
+def _decides(node: Node) -> bool:
+    """True for a norm, and for the dropout of a module such as ``nn.Dropout``: both have the mode of their module."""
+    return node.target in NORMS or any(kind.startswith(_DROPOUT_MODULES) for _, kind in module_stack(node)[-1:])
 
 
 def tell_mode(model: GraphModule) -> None:
@@ -128,7 +136,7 @@ def tell_mode(model: GraphModule) -> None:
 
 def _move(model: GraphModule, training: bool) -> GraphModule:
     _require_graph(model)
-    _mark_frozen([node for node in _nodes(model) if node.target in NORMS and _mode(node) is not None])
+    _mark_frozen([node for node in _nodes(model) if _decides(node) and _mode(node) is not None])
     for graph in _graphs(model):
         if _switch(graph, training):
             graph.recompile()
@@ -136,13 +144,12 @@ def _move(model: GraphModule, training: bool) -> GraphModule:
     return model
 
 
-def _mark_frozen(norms: list[Node]) -> None:
-    """Remembers the norms that are in eval mode while another one is in train mode."""
-    modes = [_mode(norm) for norm in norms]
-    if any(modes):
-        for norm, mode in zip(norms, modes, strict=True):
+def _mark_frozen(deciding: list[Node]) -> None:
+    """Remembers the norms that are in eval mode while another one, or dropout, is in train mode."""
+    if any(map(_mode, deciding)):
+        for norm in (node for node in deciding if node.target in NORMS):
             norm.meta.pop(FROZEN_KEY, None)
-            if not mode:
+            if not _mode(norm):
                 norm.meta[FROZEN_KEY] = True
 
 
