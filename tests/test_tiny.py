@@ -50,6 +50,13 @@ def test_rules_of_the_readme(readme):
     assert readme["quantizer"].rules.by_module_name == {"3": None}
 
 
+def test_language_model_of_the_readme(readme):
+    result = readme["language"]
+    assert len(result.pte) < 0.45 * sum(4 * p.numel() for p in readme["encoder"].parameters())
+    assert {row.operator for row in result.coverage if row.is_quantized} == {"linear"}
+    assert result.runtime_sqnr_db > 60
+
+
 @pytest.mark.filterwarnings("ignore")  # ExecuTorch and torchao warn where they are imported.
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_programs_of_the_docs_run(path, tmp_path, monkeypatch):
