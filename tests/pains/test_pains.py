@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 import zeropoint as zp
 from zeropoint import QuantizationConfig, QuantizationSpec
 from zeropoint.backends.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config, lower
-from zeropoint.core.errors import LoweringError
+from zeropoint.core.errors import GraphError, LoweringError
 from zeropoint.numerics.observers import MinMaxObserver
 from zeropoint.numerics.sqnr import sqnr_db
 
@@ -41,6 +41,28 @@ def conv_net() -> nn.Module:
 def pictures(count: int, batch: int = 4) -> list[Inputs]:
     torch.manual_seed(1)
     return [(torch.randn(batch, 3, 8, 8),) for _ in range(count)]
+
+
+# 11. A prepared or converted model moves to another device, with all that export wrote into its graph.
+
+
+def with_devices() -> nn.Module:
+    return Applied(lambda m, x: m.layer(x) + torch.zeros(8).to("cpu") * torch.arange(8), layer=nn.Linear(8, 8))
+
+
+def test_11_models_move_with_the_tensors_that_they_make():
+    batches = [(torch.randn(4, 8),) for _ in range(3)]
+    prepared = calibrated(with_devices(), batches)
+    on_meta = copy.deepcopy(prepared).to("meta")  # It stands for any other device.
+    assert {tensor.device.type for tensor in (*on_meta.parameters(), *on_meta.buffers())} == {"meta"}
+    moved = zp.convert_pt2e(prepared).to("meta")
+    assert moved(batches[0][0].to("meta")).device.type == "meta"
+
+
+def test_11_what_cannot_be_moved_says_so_at_once():
+    converted = zp.convert_pt2e(calibrated(with_devices(), [(torch.randn(4, 8),)]))
+    with pytest.raises(GraphError, match=r"the graph is quantized.*torch\.float16 before it is exported"):
+        converted.half()
 
 
 # 17. int16 activations: they are what was asked for, or an error says that they cannot be.
