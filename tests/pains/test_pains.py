@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 import zeropoint as zp
+from tests.models import Applied
 from zeropoint import QuantizationConfig, QuantizationSpec
 from zeropoint.backends.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config, lower
 from zeropoint.core.errors import GraphError, LoweringError
