@@ -19,6 +19,7 @@ from zeropoint.core.specs import (
 from zeropoint.graph.bind import Site
 from zeropoint.graph.capture import capture
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
+from zeropoint.report.operator_table import summary
 from zeropoint.workflow import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
 __version__ = "0.1.0"
@@ -48,4 +49,5 @@ __all__ = [
     "prepare_pt2e",
     "prepare_qat_pt2e",
     "quantize",
+    "summary",
 ]

@@ -191,6 +191,7 @@ def quantize(
     with stages.stage("prepare"):
         prepared = prepare_pt2e(working, quantizer if quantizer is not None else _default_quantizer())
         _require_quantized(prepared)
+        xnnpack.check_prepared(prepared)
     if calibration_data is not None:
         with stages.stage("calibrate"), torch.no_grad():
             for inputs in stages.count(data, data.count, "calibrate"):

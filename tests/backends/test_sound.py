@@ -66,9 +66,22 @@ def int32_bias(layer: Layer, x: torch.Tensor) -> torch.Tensor:
     return fake(F.conv2d(fake(x), layer.weight(), bias), OUT)
 
 
+def wide_weight(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    weight = qd.dequantize_per_channel(layer.wide, layer.scales, layer.zero_points, 0, -(2**31), 2**31 - 1, torch.int32)
+    return fake(F.linear(fake(x), weight, layer.bias), OUT)
+
+
 def two_grids(layer: Layer, x: torch.Tensor) -> torch.Tensor:
     y = layer(fake(x))
     return fake(y, OUT) + fake(y, 0.02)
+
+
+class Wide(Layer):
+    """A linear layer whose weight is held in int32."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__(shape)
+        self.register_buffer("wide", self.integers.int())
 
 
 class Grouped(Layer):
@@ -99,7 +112,7 @@ def moved(function: Callable[..., torch.Tensor]) -> Callable[[], Graph]:
 
 
 QUIET, SYMMETRIC, FLOAT_OUT = (
-    "Quantize activations to int8 in [-128, 127].",
+    "The delegate has int8 kernels only: quantize activations to int8 in [-128, 127].",
     "Use a symmetric qscheme",
     "Annotate its output",
 )
@@ -127,6 +140,15 @@ CASES = (
     Case(
         sound.activations_are_int8, "dequantize_per_tensor", "it dequantizes torch.int8 in [-64, 63]", QUIET,
         lambda: through(Layer((6, 8)), lambda m, x: fake(m(dequantize(x.to(torch.int8), 0.03, 0, -64, 63)), OUT)),
+    ),
+    Case(
+        sound.activations_are_int8, "quantize_per_tensor_1",
+        "it quantizes to torch.int16 in [-32768, 32767] what relu (relu) [", QUIET,
+        lambda: through(Layer((6, 8)), lambda m, x: fake(F.relu(m(fake(x))), 1e-4, 0, -32768, 32767, torch.int16)),
+    ),
+    Case(
+        sound.weight_is_int8, "linear", "its weight is torch.int32", "Quantize weights to int8.",
+        lambda: through(Wide((6, 8)), wide_weight),
     ),
     Case(
         sound.factors_are_float, "matmul", "it multiplies by the dequantized matrix", "aten.linear",
@@ -395,8 +417,9 @@ def test_what_is_refused_is_computed_wrongly_without_a_word(unchecked: None):
     assert {name: db for name, db in agreement.items() if db > 20} == {}
 
 
-def test_what_is_refused_does_not_load(unchecked: None):
-    case = next(case for case in CASES if case.rule is sound.rescaling_is_below_256)
+@pytest.mark.parametrize("rule", [sound.rescaling_is_below_256, sound.weight_is_int8])
+def test_what_is_refused_does_not_load(unchecked: None, rule: Callable[..., object]):
+    case = next(case for case in CASES if case.rule is rule)
     inputs = (torch.randn(case.shape),)
     pte = lower(exported(case.graph(), *inputs), inputs)
     with pytest.raises(RuntimeFailure, match="the runtime did not load it"):

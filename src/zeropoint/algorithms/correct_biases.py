@@ -18,7 +18,7 @@ from zeropoint.graph.attributes import get_attribute, set_parameter
 from zeropoint.graph.bind import argument
 from zeropoint.graph.layers import LAYERS, channel_axis
 from zeropoint.numerics import ops
-from zeropoint.passes.round_biases import bias_scale, on_grid
+from zeropoint.passes.round_biases import bias_limits, bias_scale, on_grid
 
 LIVE_BYTES = 2**29
 """How much memory the values on the way may take: as many of the batches are used as fit, and one at least."""
@@ -164,7 +164,7 @@ def _correct(
     shift = reference[: len(means)] - means
     wanted = significant(shift)
     before = get_attribute(model, str(bias.target)).detach()
-    after = on_grid(before + wanted.to(before.dtype), scale)
+    after = on_grid(before + wanted.to(before.dtype), scale, bias_limits(layer))
     if torch.equal(before, after):
         return False
     set_parameter(model, str(bias.target), after)

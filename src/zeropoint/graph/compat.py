@@ -42,6 +42,7 @@ __all__ = [
     "depends_on_another",
     "fake_like",
     "fake_mode_of",
+    "fake_on",
     "flatten_as",
     "input_structure",
     "is_tensor_list",
@@ -119,6 +120,15 @@ def fake_like(value: torch.Tensor, shape: Sequence[int] | torch.Size | None = No
         else:
             elem = torch.empty_strided(tuple(wanted), strides, dtype=dtype, device="meta")
         return FakeTensor(value.fake_mode, elem, value.device)
+
+
+def fake_on(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns a fake tensor of another device, with the sizes, strides and mode of one; any other tensor as it is."""
+    if not isinstance(value, FakeTensor) or value.device == device:
+        return value
+    with no_dispatch():
+        elem = torch.empty_strided(tuple(value.shape), value.stride(), dtype=value.dtype, device="meta")
+    return FakeTensor(value.fake_mode, elem, device)
 
 
 def largest_size(size: torch.SymInt) -> int | None:

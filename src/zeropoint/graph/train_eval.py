@@ -1,4 +1,4 @@
-"""Train and eval mode of exported models, where export has written the mode into the graph."""
+"""Train and eval mode, and the device, of exported models, where export has written them into the graph."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from zeropoint.core.errors import CaptureError
 from zeropoint.graph.batch_norms import BATCH_NORMS, is_in_train_mode, keeps_statistics, set_train_mode
 from zeropoint.graph.bind import argument, argument_names, set_argument
 from zeropoint.graph.counters import Counters
+from zeropoint.graph.devices import check_types_stay, destination, device_of, move_attributes, write_device
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.no_ops import DROPOUTS
 from zeropoint.graph.source import module_stack
@@ -81,11 +82,29 @@ def allow_exported_model_train_eval(model: GraphModule) -> GraphModule:
 
 
 class SwitchedModule(GraphModule):
-    """A graph module whose ``train()`` and ``eval()`` change its graph, as they change an ``nn.Module``."""
+    """A graph module whose ``train()``, ``eval()`` and ``to(device)`` change its graph, as they do an ``nn.Module``."""
 
     def train(self, mode: bool = True) -> SwitchedModule:
         """Returns the module, moved to train mode, or to eval mode."""
         _move(self, training=mode)
+        return self
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SwitchedModule:
+        """Returns the module, its tensors changed: what ``to``, ``cuda``, ``cpu``, ``half`` and their like call.
+
+        Raises:
+            GraphError: the tensors of a graph that is quantized would be of another type.
+        """
+        graphs = list(_graphs(self))
+        check_types_stay(graphs, fn)
+        before = device_of(self)
+        super()._apply(fn, recurse)  # type: ignore[arg-type]
+        for graph in graphs:
+            move_attributes(graph, fn)
+        device = destination(fn) if before is None else device_of(self)
+        if device is not None and device != before:
+            for graph in graphs:
+                write_device(graph, device)
         return self
 
     def __copy__(self) -> GraphModule:

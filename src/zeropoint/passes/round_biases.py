@@ -1,8 +1,9 @@
-"""Round float biases to the int32 grid on which the backend will compute them."""
+"""Round float biases to the grid of integers on which the backend will compute them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from zeropoint.graph.graph_pass import graph_pass
 from zeropoint.graph.layers import LAYERS, PADS, TRANSPOSED
 from zeropoint.numerics import ops
 
-INT32 = torch.iinfo(torch.int32)
+INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,8 @@ class BiasRounding:
 
     Args:
         node: name of the operator that reads it.
-        to_zero: channels whose bias is not zero but less than half a step of the int32 grid.
-        overflowed: channels whose bias does not fit int32 and was clipped.
+        to_zero: channels whose bias is not zero but less than half a step of the grid.
+        overflowed: channels whose bias does not fit int32, or int64 for inputs of 16 bits, and was clipped.
         largest_error: largest change of a bias that fits, in units of the output.
     """
 
@@ -42,8 +43,9 @@ def round_biases(model: GraphModule) -> list[BiasRounding]:
     """Gives each quantized convolution and linear layer a bias of its own, of multiples of ``s_x * s_w``.
 
     The backend keeps the bias as int32 with that scale (Jacob et al. 2018, section 2.4), so a float bias off the grid
-    would make the graph differ from what runs. Layers that read one bias and one weight at inputs of one scale, as the
-    steps of a recurrent layer do, share it. Returns what was changed, one entry per bias.
+    would make the graph differ from what runs. Inputs of more than 8 bits have accumulators and biases of int64, as in
+    TensorFlow Lite's 16x8 specification: their step is 256 times as fine. Layers that read one bias and one weight at
+    inputs of one scale, as the steps of a recurrent layer do, share it. Returns what was changed, one entry per bias.
     """
     constants, names = constant_nodes(model), Names(model)
     found: list[BiasRounding] = []
@@ -60,7 +62,7 @@ def round_biases(model: GraphModule) -> list[BiasRounding]:
             set_argument(node, "bias", made[key])
             continue
         value = get_attribute(model, str(bias.target)).detach()
-        rounded, report = _round(node.name, value, scale)
+        rounded, report = _round(node.name, value, scale, bias_limits(node))
         found.append(report)
         made[key] = _own_bias(model, node, bias, rounded, names)
         set_argument(node, "bias", made[key])
@@ -72,9 +74,7 @@ def bias_scale(model: GraphModule, node: Node) -> torch.Tensor | None:
 
     None too where the weight's scales are not those of output channels.
     """
-    x, weight = argument(node, "input"), argument(node, "weight")
-    if x.target in PADS and len(x.users) == 1:
-        x = x.args[0]
+    x, weight = _input_of(node), argument(node, "weight")
     if x.target is not ops.DEQUANTIZE_PER_TENSOR:
         return None
     input_scale = torch.tensor(x.args[1], dtype=torch.float32)
@@ -88,18 +88,31 @@ def bias_scale(model: GraphModule, node: Node) -> torch.Tensor | None:
     return input_scale.to(scales.device) * per_output
 
 
-def on_grid(value: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Returns the values rounded to int32 multiples of the scale."""
-    return (_steps(value, scale).clamp(INT32.min, INT32.max) * scale).to(value.dtype)
+def _input_of(layer: Node) -> Any:
+    """Returns what a layer reads, past the padding that is computed with it."""
+    x = argument(layer, "input")
+    return x.args[0] if x.target in PADS and len(x.users) == 1 else x
+
+
+def bias_limits(layer: Node) -> torch.iinfo:
+    """Returns the range of the integers that the bias of a quantized layer is kept in."""
+    return INT32 if argument(_input_of(layer), "dtype").itemsize == 1 else INT64
+
+
+def on_grid(value: torch.Tensor, scale: torch.Tensor, limits: torch.iinfo = INT32) -> torch.Tensor:
+    """Returns the values rounded to multiples of the scale that fit the limits."""
+    return (_steps(value, scale).clamp(limits.min, limits.max) * scale).to(value.dtype)
 
 
 def _steps(value: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.round(value.double() / scale)
 
 
-def _round(name: str, value: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, BiasRounding]:
+def _round(
+    name: str, value: torch.Tensor, scale: torch.Tensor, limits: torch.iinfo
+) -> tuple[torch.Tensor, BiasRounding]:
     steps = _steps(value, scale)
-    kept = steps.clamp(INT32.min, INT32.max)
+    kept = steps.clamp(limits.min, limits.max)
     rounded = (kept * scale).to(value.dtype)
     overflowed = (steps != kept).flatten()
     to_zero = ((kept == 0) & (value != 0)).flatten()

@@ -39,6 +39,7 @@ aten = torch.ops.aten
 SAME_SCALE = (*MAX_POOL, *CAT, *SLICE, *PERMUTE, *VIEWS)
 MEANS = (*MEAN, *GLOBAL_POOL)
 MAX_RESCALING = 256
+INT8_ONLY = "The delegate has int8 kernels only: quantize activations to int8 in [-128, 127]."
 STATIC_Q, STATIC_DQ = ops.QUANTIZE_PER_TENSOR, ops.DEQUANTIZE_PER_TENSOR
 WEIGHT_DQ = (STATIC_DQ, ops.DEQUANTIZE_PER_CHANNEL)
 GROUPED_DQ = ops.DEQUANTIZE_PER_CHANNEL_GROUP
@@ -101,17 +102,37 @@ def is_in_eval_mode(model: GraphModule, node: Node) -> tuple[str, str] | None:
     return None
 
 
+def wrong_activation(dtype: torch.dtype, low: int, high: int) -> str | None:
+    """Returns to which integers an activation is quantized; None where the delegate computes with these."""
+    return None if (dtype, low, high) == (torch.int8, -128, 127) else f"{dtype} in [{low}, {high}]"
+
+
 def activations_are_int8(model: GraphModule, node: Node) -> tuple[str, str] | None:
     """Activations are computed as int8 of the whole range, whatever the graph says."""
     del model
-    is_weight = node.target is STATIC_DQ and cast(Node, node.args[0]).op == "get_attr"
-    if node.target not in (STATIC_Q, STATIC_DQ) or is_weight:
+    if node.target not in (STATIC_Q, STATIC_DQ):
         return None
+    source = cast(Node, node.args[0])
+    is_said_there = node.target is STATIC_DQ and (source.op == "get_attr" or source.args[1:6] == node.args[1:6])
     low, high, dtype = node.args[3:6]
-    if (low, high, dtype) == (-128, 127, torch.int8):
+    integers = wrong_activation(dtype, low, high)  # type: ignore[arg-type]
+    if integers is None or is_said_there:
         return None
-    does = "quantizes to" if node.target is STATIC_Q else "dequantizes"
-    return f"it {does} {dtype} in [{low}, {high}]", "Quantize activations to int8 in [-128, 127]."
+    does = f"quantizes to {integers} what {describe(source)} returns"
+    return f"it {does if node.target is STATIC_Q else f'dequantizes {integers}'}", INT8_ONLY
+
+
+def weight_is_int8(model: GraphModule, node: Node) -> tuple[str, str] | None:
+    """Weights of 16 bits fail in ExecuTorch; a file with some of 32 bits fails to load."""
+    del model
+    if node.target not in LAYERS or (dequantize := argument(node, "weight")).target not in (*WEIGHT_DQ, GROUPED_DQ):
+        return None
+    return wrong_weight(argument(dequantize, "dtype"))
+
+
+def wrong_weight(dtype: torch.dtype) -> tuple[str, str] | None:
+    """Returns what is wrong with a weight of integers of a type, and what to do; None for int8."""
+    return None if dtype == torch.int8 else (f"its weight is {dtype}", "Quantize weights to int8.")
 
 
 def output_is_quantized(model: GraphModule, node: Node) -> tuple[str, str] | None:
@@ -286,9 +307,9 @@ def zero_points_are_integers(model: GraphModule, node: Node) -> tuple[str, str] 
 SIZE_RULES: tuple[Rule, ...] = (batch_of_mean_is_known,)
 """What depends on the sizes that lowering leaves free: checked on the program that is lowered."""
 RULES: tuple[Rule, ...] = (
-    is_in_eval_mode, has_a_kernel, activations_are_int8, factors_are_float, output_is_quantized, input_is_quantized,
-    weight_is_stored, weight_is_symmetric, channel_axis_has_a_kernel, groups_have_a_kernel, bias_is_float,
-    bias_fits_int32, rescaling_is_below_256, scales_are_equal, zero_points_are_integers, *SIZE_RULES,
+    is_in_eval_mode, has_a_kernel, activations_are_int8, weight_is_int8, factors_are_float, output_is_quantized,
+    input_is_quantized, weight_is_stored, weight_is_symmetric, channel_axis_has_a_kernel, groups_have_a_kernel,
+    bias_is_float, bias_fits_int32, rescaling_is_below_256, scales_are_equal, zero_points_are_integers, *SIZE_RULES,
 )  # fmt: skip
 
 
