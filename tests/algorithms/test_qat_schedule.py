@@ -61,7 +61,7 @@ class Loop:
 
     def load(self, state):
         for each, saved in zip((self.model, self.schedule, self.optimizer), state, strict=True):
-            each.load_state_dict(saved)
+            each.load_state_dict(copy.deepcopy(saved))
 
 
 def fakes(model):

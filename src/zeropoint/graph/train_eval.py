@@ -69,6 +69,7 @@ def freeze_batch_norm(model: GraphModule) -> int:
     Its weight and bias still train, and dropout still drops. Bodies of control flow are changed as well. A graph that
     changes is recompiled. Returns how many batch norms have running statistics.
     """
+    _mark_frozen(_norms_with_modes(model))
     return sum(_hold(graph, _batch_norms(graph)) for graph in _graphs(model))
 
 
@@ -178,12 +179,16 @@ def tell_mode(model: GraphModule) -> None:
 
 def _move(model: GraphModule, training: bool) -> GraphModule:
     _require_graph(model)
-    _mark_frozen([node for node in _nodes(model) if node.target in NORMS and _mode(node) is not None])
+    _mark_frozen(_norms_with_modes(model))
     for graph in _graphs(model):
         if _switch(graph, training):
             graph.recompile()
     _set_flags(model, training)
     return model
+
+
+def _norms_with_modes(model: GraphModule) -> list[Node]:
+    return [node for node in _nodes(model) if node.target in NORMS and _mode(node) is not None]
 
 
 def _mark_frozen(norms: list[Node]) -> None:
