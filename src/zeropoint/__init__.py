@@ -1,5 +1,6 @@
 """zeropoint: quantize PyTorch models for edge devices."""
 
+from zeropoint.algorithms.qat_schedule import QATSchedule
 from zeropoint.annotate.annotation import QuantizationAnnotation
 from zeropoint.annotate.embedding_quantizer import EmbeddingQuantizer
 from zeropoint.annotate.for_torchao import for_torchao
@@ -19,6 +20,7 @@ from zeropoint.core.specs import (
 from zeropoint.graph.bind import Site
 from zeropoint.graph.capture import capture
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
+from zeropoint.report.check_convert import ConvertCheck, check_convert
 from zeropoint.report.operator_table import summary
 from zeropoint.workflow import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ComposableQuantizer",
+    "ConvertCheck",
     "Decision",
     "DerivedQuantizationSpec",
     "EdgeOrNode",
@@ -33,6 +36,7 @@ __all__ = [
     "FixedQParamsQuantizationSpec",
     "OperatorConfig",
     "Plan",
+    "QATSchedule",
     "QuantizationAnnotation",
     "QuantizationConfig",
     "QuantizationSpec",
@@ -44,6 +48,7 @@ __all__ = [
     "Site",
     "ZeropointError",
     "capture",
+    "check_convert",
     "convert_pt2e",
     "for_torchao",
     "prepare_pt2e",

@@ -10,6 +10,7 @@ from torch import nn
 from zeropoint.graph.batch_norms import BATCH_NORMS
 from zeropoint.graph.control_flow import AS_OPERATORS, IN_PYTHON
 from zeropoint.numerics.fake_quantize import disable_fake_quant, disable_observer
+from zeropoint.report.check_convert import check_convert
 from zeropoint.workflow import convert_pt2e, prepare_qat_pt2e
 
 
@@ -99,6 +100,20 @@ def test_the_converted_model_is_the_trained_one(kind):
         for each, output in zip(branches(x), wanted, strict=True):
             assert (converted(each) - output).abs().max() < 0.015 * output.abs().max()  # Biases are rounded, as in use.
             assert torch.equal(again(each), converted(each))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_check_compares_what_control_flow_returns(kind):
+    _, prepared, x = prepared_of(kind)
+    train(prepared, x)
+    converted = convert_pt2e(copy.deepcopy(prepared))
+    check = check_convert(prepared, converted, x)
+    assert check.agrees
+    assert "inside of control flow" in check.notes[0]
+    for tensor in converted.buffers():
+        if tensor.dtype == torch.int8:
+            tensor.neg_()
+    assert check_convert(prepared, converted, x).first is not None
 
 
 def test_the_converted_model_has_the_operators_of_control_flow():

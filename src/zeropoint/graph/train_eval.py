@@ -32,6 +32,8 @@ FLAGS = ("training", "train", "use_input_stats")
 FROZEN_KEY = "zeropoint_frozen"
 """Metadata of a norm that stays in eval mode."""
 _DROPOUT_MODULES = "torch.nn.modules.dropout."
+HELD_KEY = "zeropoint_held"
+"""Metadata of a batch norm that ``freeze_batch_norm`` put into eval mode, and ``thaw_batch_norm`` lets go again."""
 DROPOUT_P_KEY = "zeropoint_dropout_p"
 """Metadata of an attention in eval mode: its dropout in train mode."""
 
@@ -63,6 +65,55 @@ def move_exported_model_to_train(model: GraphModule) -> GraphModule:
         CaptureError: the model is no graph module.
     """
     return _move(model, training=True)
+
+
+def freeze_batch_norm(model: GraphModule) -> int:
+    """Lets each batch norm normalize by its running statistics and leave them as they are, in train mode too.
+
+    Its weight and bias still train, and dropout still drops. Bodies of control flow are changed as well. A graph that
+    changes is recompiled. Returns how many batch norms have running statistics.
+    """
+    _mark_frozen(_deciding(model))
+    return sum(_hold(graph, _batch_norms(graph)) for graph in _graphs(model))
+
+
+def thaw_batch_norm(model: GraphModule) -> None:
+    """Undoes ``freeze_batch_norm``: a model in train mode normalizes by each batch again. Others stay frozen."""
+    for graph in _graphs(model):
+        held = [norm for norm in _batch_norms(graph) if norm.meta.pop(HELD_KEY, False)]
+        for norm in held:
+            norm.meta.pop(FROZEN_KEY, None)
+        if held and model.training:
+            counters = Counters(graph)
+            for norm in held:
+                set_train_mode(norm, True)
+                counters.start(norm)
+            graph.recompile()
+
+
+def count_batch_norms(model: GraphModule) -> int:
+    """Returns how many batch norms have running statistics, in the bodies of control flow too."""
+    return sum(len(_batch_norms(graph)) for graph in _graphs(model))
+
+
+def _batch_norms(model: GraphModule) -> list[Node]:
+    return [node for node in model.graph.nodes if node.target in BATCH_NORMS and keeps_statistics(node)]
+
+
+def _hold(model: GraphModule, norms: list[Node]) -> int:
+    counters = Counters(model) if norms else None
+    is_changed = False
+    for norm in norms:
+        if FROZEN_KEY not in norm.meta:
+            norm.meta[FROZEN_KEY] = norm.meta[HELD_KEY] = True
+        if is_in_train_mode(norm):
+            set_train_mode(norm, False)
+            is_changed = True
+        if counters is not None:
+            is_changed |= counters.stop(norm)
+    if is_changed:
+        model.recompile()
+    return len(norms)
 
 
 def allow_exported_model_train_eval(model: GraphModule) -> GraphModule:
@@ -155,12 +206,16 @@ def tell_mode(model: GraphModule) -> None:
 
 def _move(model: GraphModule, training: bool) -> GraphModule:
     _require_graph(model)
-    _mark_frozen([node for node in _nodes(model) if _decides(node) and _mode(node) is not None])
+    _mark_frozen(_deciding(model))
     for graph in _graphs(model):
         if _switch(graph, training):
             graph.recompile()
     _set_flags(model, training)
     return model
+
+
+def _deciding(model: GraphModule) -> list[Node]:
+    return [node for node in _nodes(model) if _decides(node) and _mode(node) is not None]
 
 
 def _mark_frozen(deciding: list[Node]) -> None:

@@ -24,6 +24,8 @@ from zeropoint.passes.qparams_of import QParams, affine_saw_nothing, observe_con
 from zeropoint.passes.run_time import PASS, check_run_time, quantize_at_run_time, to_half_and_back, value_dtype
 
 Known = Callable[[GraphModule], dict[int, QParams]]
+SITE_KEY = "zeropoint_site"
+"""Metadata of what stands where an observer was called: the name of that call in the prepared graph."""
 
 
 def nothing(model: GraphModule) -> dict[int, QParams]:
@@ -106,7 +108,9 @@ class _Converter:
             source = _observed(node)
             if source in self.constants and affine_saw_nothing(observer):
                 observer(evaluate(self.model, source))
+            name, readers = node.name, list(node.users)
             observer.convert(self.model, node)
+            _mark(name, source, readers)
         for node, observer in self._calls():
             self._ask(node, observer)
         complete_values(self.model)
@@ -127,11 +131,11 @@ class _Converter:
         source = _observed(node)
         match _kind(observer):
             case "half":
-                to_half_and_back(node, source)
+                to_half_and_back(node, source).meta[SITE_KEY] = node.name
             case "float":
                 node.replace_all_uses_with(source)
             case "run time":
-                quantize_at_run_time(node, source, observer)
+                quantize_at_run_time(node, source, observer).meta[SITE_KEY] = node.name
             case "static":
                 self._static(node, source, observer)
 
@@ -216,6 +220,7 @@ class _Converter:
                     arguments = (*self._arguments(node, qparams), *last)
                     dequantized = node.graph.call_function(target, (quantized, *arguments), named)
                 self._set_value(dequantized, source, None)
+                dequantized.meta[SITE_KEY] = node.name
                 inherit(dequantized, reader if annotated else source, PASS)
             others = others if annotated else dequantized
             reader.replace_input_with(node, dequantized)
@@ -225,6 +230,13 @@ class _Converter:
         value = source.meta.get("val")
         if isinstance(value, torch.Tensor):
             node.meta["val"] = value if dtype is None else self.fakes.like(value, dtype=dtype)
+
+
+def _mark(name: str, source: Node, readers: list[Node]) -> None:
+    """Notes on what the readers of an observer read now, and which it put there itself, where it was called."""
+    for read in {read for reader in readers for read in reader.all_input_nodes}:
+        if read is not source and read.op == "call_function" and "dequantize" in str(read.target):
+            read.meta.setdefault(SITE_KEY, name)
 
 
 def _observed(node: Node) -> Node:

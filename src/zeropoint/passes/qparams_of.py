@@ -116,12 +116,12 @@ def observe_constant(observer: Any, value: Callable[[], torch.Tensor]) -> None:
     if hasattr(observer, "constant_input"):
         wanted = bool(observer.constant_input)
     else:
-        wanted = _saw_nothing(observer)
+        wanted = saw_nothing(observer)
     if wanted:
         observer(value())
 
 
-def _saw_nothing(observer: Any) -> bool:
+def saw_nothing(observer: Any) -> bool:
     """True when the range of another package's observer is empty: it would give scale 1. Ours say so themselves."""
     if isinstance(observer, ObserverBase):
         return False
@@ -141,7 +141,7 @@ def qparams_of(observer: Any, node: Node, *, is_constant: bool = False) -> QPara
     Raises:
         CalibrationError: it saw no data, or its scale is not finite and positive.
     """
-    if _saw_nothing(observer):
+    if saw_nothing(observer):
         what = f"no data reached this {type(observer).__name__}"
         remedy = "Run the prepared model on calibration data that reaches this tensor before converting."
         raise CalibrationError(what, where=describe(node), remedy=remedy)

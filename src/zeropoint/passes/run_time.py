@@ -37,8 +37,11 @@ def check_run_time(source: Node, observer: Any) -> None:
         raise SpecError(what, where=describe(source), remedy="Use int8 or uint8 and a per-tensor scheme.")
 
 
-def quantize_at_run_time(node: Node, source: Node, observer: Any) -> None:
-    """Replaces the call of an observer by choose_qparams, quantize and dequantize, with scales that are tensors."""
+def quantize_at_run_time(node: Node, source: Node, observer: Any) -> Node:
+    """Replaces the call of an observer by choose_qparams, quantize and dequantize, with scales that are tensors.
+
+    Returns the dequantize.
+    """
     affine, emit = affine_of(observer), Emitter(node, PASS)
     limits, dtype = limits_of(observer), plain_dtype(observer.dtype)
     match run_time(affine, source) if affine is not None else _granularity(observer, source):
@@ -58,7 +61,9 @@ def quantize_at_run_time(node: Node, source: Node, observer: Any) -> None:
             arguments = _chosen_by_torchao(emit, source, affine)
             last, named = (), {"output_dtype": value_dtype(source)}
     quantized = emit.call(q_dq[0], source, *arguments)
-    node.replace_all_uses_with(emit.call(q_dq[1], quantized, *arguments, *last, **named))
+    dequantized = emit.call(q_dq[1], quantized, *arguments, *last, **named)
+    node.replace_all_uses_with(dequantized)
+    return dequantized
 
 
 def _granularity(observer: Any, source: Node) -> Literal["per tensor", "per token"]:
@@ -80,11 +85,16 @@ def _pair(emit: Emitter, chosen: Node) -> tuple[Node, Node]:
     return emit.call(operator.getitem, chosen, 0), emit.call(operator.getitem, chosen, 1)
 
 
-def to_half_and_back(node: Node, source: Node) -> None:
-    """Replaces the call of an observer by a conversion to float16 and one to the type that the source is of."""
+def to_half_and_back(node: Node, source: Node) -> Node:
+    """Replaces the call of an observer by a conversion to float16 and one to the type that the source is of.
+
+    Returns the latter.
+    """
     emit = Emitter(node, PASS)
     half = emit.call(CONVERT_ELEMENT_TYPE, source, torch.float16)
-    node.replace_all_uses_with(emit.call(CONVERT_ELEMENT_TYPE, half, value_dtype(source)))
+    back = emit.call(CONVERT_ELEMENT_TYPE, half, value_dtype(source))
+    node.replace_all_uses_with(back)
+    return back
 
 
 def out_dtype(source: Node) -> dict[str, Any]:
