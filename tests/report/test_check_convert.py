@@ -282,6 +282,18 @@ def test_half_precision():
     assert check_convert(prepared, converted, inputs[0].bfloat16()).agrees
 
 
+def test_differences_within_a_step_add_up():
+    """For XNNPACK, weights that were not trained are moved by less than a step, so that biases are on a grid."""
+    module, inputs = separable()
+    exported = torch.export.export(module.eval(), inputs).module()
+    prepared = prepare_pt2e(exported, xnnpack(is_per_channel=True))
+    prepared(*inputs)
+    check = check_convert(prepared, convert_pt2e(copy.deepcopy(prepared)), inputs)
+    assert check.agrees
+    assert 0 < max(site.own_steps for site in check.sites) <= 1.001 < check.largest_steps
+    assert f"within one step, {check.largest_steps:.2f} with what those before differ by" in str(check)
+
+
 def test_steps_of_other_shapes_and_values_that_are_no_numbers():
     one, scale = torch.tensor([1.0, torch.inf, torch.nan]), torch.tensor(0.5)
     assert steps_apart(one, one.clone(), scale) == 0

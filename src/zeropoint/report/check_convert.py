@@ -101,7 +101,10 @@ class ConvertCheck:
     def _verdict(self) -> str:
         first = self.first
         if first is None:
-            return f"the converted model is what was trained: {len(self.sites)} sites within one step"
+            rest = (
+                f", {self.largest_steps:.2f} with what those before differ by" if self.largest_steps > ONE_STEP else ""
+            )
+            return f"the converted model is what was trained: {len(self.sites)} sites within one step{rest}"
         found = f"{first.own_steps:.2f} steps" if first.converted else "it is not in the converted model"
         return f"the converted model differs from {first.site} on: {found}"
 
