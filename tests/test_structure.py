@@ -107,3 +107,9 @@ def test_every_public_name_exists():
 
     for name in zeropoint.__all__:
         assert getattr(zeropoint, name).__doc__ or name == "EdgeOrNode", name
+
+
+def test_names_of_test_files_are_unique():
+    """pytest imports them by their names, without their folders."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
