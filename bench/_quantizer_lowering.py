@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from bench._quantizer_policies import of
+from zeropoint.core.extras import import_extra
+from zeropoint.runtime.executorch import Program
 
 Inputs = tuple[torch.Tensor, ...]
 Run = Callable[[Inputs], torch.Tensor]
@@ -48,20 +50,12 @@ def on_the_runtime(edge: Any) -> Lowered:
     """Returns what runs on ExecuTorch's runtime, which holds the backend."""
     delegates, outside = count(edge)
     buffer = in_a_file(edge)
-
-    def run(inputs: Inputs) -> torch.Tensor:
-        from executorch.runtime import Runtime, Verification
-
-        program = Runtime.get().load_program(buffer, verification=Verification.Minimal)
-        return program.load_method("forward").execute(list(inputs))[0]
-
-    return Lowered(delegates, outside, len(buffer), run)
+    return Lowered(delegates, outside, len(buffer), lambda inputs: Program(buffer)(*inputs)[0])
 
 
 def in_a_file(edge: Any) -> bytes:
     """Returns the bytes of the ``.pte`` file."""
-    import executorch.kernels.quantized  # noqa: F401  registers the quantized operators
-
+    import_extra("executorch.kernels.quantized", "executorch")  # It registers the quantized operators.
     return edge.to_executorch().buffer
 
 

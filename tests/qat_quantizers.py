@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import quantizers
@@ -11,8 +12,9 @@ from torch.fx import GraphModule, Node
 
 from zeropoint.graph.bind import argument
 from zeropoint.graph.layers import CLAMPS, LAYERS, TRANSPOSED
-from zeropoint.numerics.fake_quantize import FakeQuantize
+from zeropoint.numerics.fake_quantize import FakeQuantize, disable_observer
 from zeropoint.numerics.observers import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
+from zeropoint.passes.end_training import to_eval
 
 OURS = SimpleNamespace(
     **vars(quantizers.OURS),
@@ -76,3 +78,11 @@ def qat(model: GraphModule, kind=OURS, *, per_tensor=False, bias=None, act=None)
             node.meta[KEY].output_qspec = act
         else:
             last.meta[KEY] = kind.QuantizationAnnotation(output_qspec=act, _annotated=True)
+
+
+def in_eval_mode(prepared):
+    """Returns a copy that uses the running statistics; scales stay as they are."""
+    model = copy.deepcopy(prepared)
+    to_eval(model)
+    model.recompile()
+    return model.apply(disable_observer)

@@ -28,10 +28,10 @@ from zeropoint.core.files import write_atomically
 from zeropoint.graph.attributes import get_attribute, set_parameter
 from zeropoint.graph.capture import capture
 from zeropoint.graph.constants import mutated_attributes
+from zeropoint.graph.observers import has_observers
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
 from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.passes.canonicalize import canonicalize
-from zeropoint.passes.convert import has_observers
 from zeropoint.passes.fold_batch_norm import fold_batch_norm
 from zeropoint.report.accuracy import AccuracyWork, accuracy_line
 from zeropoint.report.coverage import CoverageRow, quantized_count
@@ -185,19 +185,20 @@ def quantize(
         float_model = _copy(captured)
     with stages.stage("read data"):
         data = _data(calibration_data, example_inputs, float_model)
-        accuracy = accuracy if calibration_data is not None else ()
+        is_calibrated = calibration_data is not None
+        accuracy = accuracy if is_calibrated else ()
     working, equalized = _improve(float_model, data, accuracy, stages)
     reference = _float_means(working, float_model, data, accuracy, stages)
     with stages.stage("prepare"):
         prepared = prepare_pt2e(working, quantizer if quantizer is not None else _default_quantizer())
         _require_quantized(prepared)
         xnnpack.check_prepared(prepared)
-    if calibration_data is not None:
+    if is_calibrated:
         with stages.stage("calibrate"), torch.no_grad():
             for inputs in stages.count(data, data.count, "calibrate"):
                 prepared(*inputs)
     with stages.stage("convert"):
-        converted = _convert(prepared, calibration_data is not None)
+        converted = _convert(prepared, is_calibrated)
     correction = _correct(converted, data, reference, stages)
     _restart(converted, float_model)
     with stages.stage("lower"):
@@ -210,7 +211,7 @@ def quantize(
             _restart(converted, float_model)
     with stages.stage("compare"):
         float_sqnr = _float_sqnr(float_model, converted, compared)
-    unasked = NOT_ASKED_FOR if calibration_data is not None else "no calibration data"
+    unasked = NOT_ASKED_FOR if is_calibrated else "no calibration data"
     work = _accuracy_work(accuracy, equalized, correction, unasked)
     return QuantizedModel(
         converted, lowered.pte, record_of(converted), lowered.delegates, lowered.outside, float_sqnr, verification,
@@ -225,11 +226,11 @@ def _data(calibration_data: Any, example_inputs: tuple[Any, ...], model: GraphMo
     return CalibrationData(calibration_data, model)
 
 
-def _convert(prepared: GraphModule, calibrated: bool) -> GraphModule:
+def _convert(prepared: GraphModule, is_calibrated: bool) -> GraphModule:
     try:
         return convert_pt2e(prepared)
     except CalibrationError as error:
-        if calibrated:
+        if is_calibrated:
             raise
         what = "this configuration measures activations, and there is no calibration_data"
         remedy = "Give batches of real data, or a configuration with is_dynamic=True or for weights alone."

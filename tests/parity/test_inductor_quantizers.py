@@ -7,12 +7,11 @@ import models
 import pytest
 import small_models
 import torch
+from qat_quantizers import in_eval_mode
 from same_numbers import assert_equal_numbers, numbers, sites, step_of
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from zeropoint.numerics.fake_quantize import disable_observer
-from zeropoint.passes.end_training import to_eval
 from zeropoint.workflow import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
 torchao = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
@@ -142,14 +141,6 @@ def to_train():
     module = Trained()
     models.randomize_norms(module)
     return torch.export.export(module.train(), (data(0),)).module()
-
-
-def in_eval_mode(prepared):
-    """Returns a copy that uses the running statistics; scales stay as they are."""
-    model = copy.deepcopy(prepared)
-    to_eval(model)
-    model.recompile()
-    return model.apply(disable_observer)
 
 
 def forms(model):

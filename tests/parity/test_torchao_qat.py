@@ -17,8 +17,6 @@ from torch import nn
 from zeropoint.graph.batch_norms import BATCH_NORMS
 from zeropoint.graph.bind import argument
 from zeropoint.graph.layers import LAYERS, TRANSPOSED
-from zeropoint.numerics.fake_quantize import disable_observer
-from zeropoint.passes.end_training import to_eval
 from zeropoint.workflow import convert_pt2e, prepare_qat_pt2e
 
 pt2e = pytest.importorskip("torchao.quantization.pt2e")
@@ -177,10 +175,7 @@ def test_converted_graphs_have_the_same_operators(both):
 
 
 def test_ours_is_what_was_trained(both):
-    model = both[1].evaluated
-    to_eval(model)
-    model.recompile()
-    model.apply(disable_observer)  # torchao's own knows ours only once for_torchao was called.
+    model = qat_quantizers.in_eval_mode(both[1].evaluated)
     for name, prepared, converted in zip(PARTS, model(*data(7)), both[1].converted(*data(7)), strict=True):
         index = list(PARTS).index(name)
         scale = models.find(both[1].converted, "output").args[0][index].args[1]

@@ -7,7 +7,7 @@ import models
 import pytest
 import qat_quantizers as qat
 import torch
-from qat_quantizers import KEY
+from qat_quantizers import KEY, in_eval_mode
 from quantizers import ByHand, annotate
 from torch import nn
 
@@ -19,7 +19,6 @@ from zeropoint.graph.bind import argument
 from zeropoint.numerics import ops
 from zeropoint.numerics.fake_quantize import FixedQParamsFakeQuantize, disable_fake_quant, disable_observer
 from zeropoint.numerics.observers import PlaceholderObserver
-from zeropoint.passes.end_training import to_eval
 from zeropoint.passes.qat_batch_norm import QAT_KEY, groups_in
 from zeropoint.workflow import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
@@ -43,14 +42,6 @@ def export(module, *inputs):
 
 def prepared_of(module, x, quantizer=OURS):
     return prepare_qat_pt2e(export(trained_mode(module), x), quantizer)
-
-
-def in_eval_mode(prepared):
-    """Returns a copy that uses the running statistics; scales stay as they are."""
-    model = copy.deepcopy(prepared)
-    to_eval(model)
-    model.recompile()
-    return model.apply(disable_observer)
 
 
 def operators(model):

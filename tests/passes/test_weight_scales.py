@@ -22,9 +22,10 @@ from zeropoint.backends.xnnpack import (
 )
 from zeropoint.graph.bind import argument
 from zeropoint.graph.layers import LAYERS
+from zeropoint.graph.observers import observer_of
 from zeropoint.numerics.observers import MinMaxObserver
 from zeropoint.numerics.sqnr import sqnr_db
-from zeropoint.passes.qparams_of import QParams, observer_of
+from zeropoint.passes.qparams_of import QParams
 from zeropoint.passes.weight_scales import holding_bias, steady_scale, steady_weight_scales
 from zeropoint.report.record import record_of
 from zeropoint.runtime.child import run_in_child

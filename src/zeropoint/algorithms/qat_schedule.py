@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from zeropoint.core.errors import CalibrationError, GraphError, RuleError, SpecError
+from zeropoint.graph.observers import is_fake_quantizer
 from zeropoint.graph.train_eval import count_batch_norms, freeze_batch_norm, thaw_batch_norm
 from zeropoint.graph.within import graphs_within
 from zeropoint.numerics.learnable_fake_quantize import LearnableFakeQuantize
@@ -195,7 +196,7 @@ def _has_come(after: int | None, step: int) -> bool:
 
 def _fake_quantizers(model: nn.Module) -> list[Any]:
     """Returns the fake quantizers of any package in a model, each once."""
-    return [each for each in model.modules() if hasattr(each, "fake_quant_enabled")]
+    return [each for each in model.modules() if is_fake_quantizer(each)]
 
 
 def _is_learning(fake: LearnableFakeQuantize) -> bool:

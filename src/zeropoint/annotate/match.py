@@ -214,13 +214,10 @@ def _input_spec(match: Match, read: Input, first: Input) -> QuantizationSpecBase
 
 def _at_run_time(match: Match) -> QuantizationSpecBase | None:
     """Returns the spec of input activations; one at run time is of the granularity that the backend has."""
-    spec = match.config.input_activation
-    constructor = getattr(spec, "observer_or_fake_quant_ctr", None)
-    measures_nothing = getattr(unwrapped(constructor)[0], "__name__", "") == PlaceholderObserver.__name__
-    granularity = match.pattern.dynamic_granularity
-    if not isinstance(spec, QuantizationSpec) or not (match.config.is_dynamic and measures_nothing):
+    spec, granularity = match.config.input_activation, match.pattern.dynamic_granularity
+    if not match.config.is_dynamic or isinstance(granularity, PerTensor) or not isinstance(spec, QuantizationSpec):
         return spec
-    if isinstance(granularity, PerTensor):
+    if getattr(unwrapped(spec.observer_or_fake_quant_ctr)[0], "__name__", "") != PlaceholderObserver.__name__:
         return spec
     return replace(spec, observer_or_fake_quant_ctr=PlaceholderObserver.with_args(granularity=granularity))
 

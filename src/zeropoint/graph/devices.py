@@ -17,6 +17,7 @@ from zeropoint.core.errors import GraphError
 from zeropoint.core.policy import RECORD_KEY
 from zeropoint.graph.attributes import owner_and_name
 from zeropoint.graph.compat import fake_on
+from zeropoint.graph.observers import has_observers
 from zeropoint.numerics import ops
 
 Move = Callable[[torch.Tensor], torch.Tensor]
@@ -100,7 +101,7 @@ def _on(value: torch.Tensor, device: torch.device, known: dict[int, torch.Tensor
 
 
 def _is_quantized(model: GraphModule) -> bool:
-    if any(hasattr(module, "calculate_qparams") for module in model.children()):
+    if has_observers(model):
         return True
     if getattr(model.meta.get(RECORD_KEY), "representation", None) == "reference":
         return True

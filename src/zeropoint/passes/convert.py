@@ -14,13 +14,14 @@ from zeropoint.graph.attributes import Names, get_attribute
 from zeropoint.graph.compat import created_from
 from zeropoint.graph.constants import FLOAT_PATH_KEY, constant_nodes, evaluate, path_behind
 from zeropoint.graph.emit import Fakes, complete_values, inherit
-from zeropoint.graph.graph_pass import bodies, graph_pass
+from zeropoint.graph.graph_pass import graph_pass
+from zeropoint.graph.observers import observer_of
 from zeropoint.graph.source import describe
 from zeropoint.numerics.affine_fake_quantize import AffineFakeQuantize
 from zeropoint.numerics.observers import AffineQuantizedObserverBase
 from zeropoint.numerics.scratch import LateWrites
 from zeropoint.passes.affine_blocks import affine_of, check_layout
-from zeropoint.passes.qparams_of import QParams, affine_saw_nothing, observe_constant, observer_of, qparams_of
+from zeropoint.passes.qparams_of import QParams, affine_saw_nothing, observe_constant, qparams_of
 from zeropoint.passes.run_time import PASS, check_run_time, quantize_at_run_time, to_half_and_back, value_dtype
 
 Known = Callable[[GraphModule], dict[int, QParams]]
@@ -273,10 +274,3 @@ def _converts_itself(observer: Any) -> bool:
     own = getattr(observer, "convert", None)
     ours = (AffineQuantizedObserverBase.convert, AffineFakeQuantize.convert)
     return callable(own) and getattr(own, "__func__", own) not in ours
-
-
-def has_observers(model: GraphModule) -> bool:
-    """True when the model calls an observer, in the bodies of its control flow too."""
-    if any(observer_of(model, node) is not None for node in model.graph.nodes):
-        return True
-    return any(has_observers(body) for _, body in bodies(model))

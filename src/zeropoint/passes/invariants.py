@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from zeropoint.graph.invariants import Invariant
+from zeropoint.graph.observers import observer_of
 from zeropoint.numerics import ops
-from zeropoint.passes.qparams_of import observer_of
 
 
 def _no_observer(model: GraphModule, node: Node) -> bool:

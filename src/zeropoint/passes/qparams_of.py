@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from zeropoint.core.dtypes import checked_range, integer_range, plain_dtype
 from zeropoint.core.errors import CalibrationError
@@ -93,22 +92,6 @@ class QParams:
             out.copy_(ops.QUANTIZE_PER_TENSOR(tensor, scale.item(), int(zero_point.item()), *limits))
         else:
             out.copy_(self.operators()[0](tensor, *self.arguments(scale, zero_point)))
-
-
-def observer_of(model: GraphModule, node: Node) -> Any:
-    """Returns the observer or fake quantizer that a node calls, of any package; None where it calls none."""
-    if node.op != "call_module":
-        return None
-    path = str(node.target)
-    module = model._modules.get(path) or model.get_submodule(path)
-    return module if hasattr(module, "calculate_qparams") else None
-
-
-def calls_observer(node: Any, named_modules: Mapping[str, nn.Module]) -> bool:
-    """True for a node that calls an observer or fake quantizer of any package, among the modules by path."""
-    if not isinstance(node, Node) or node.op != "call_module":
-        return False
-    return hasattr(named_modules[str(node.target)], "calculate_qparams")
 
 
 def observe_constant(observer: Any, value: Callable[[], torch.Tensor]) -> None:

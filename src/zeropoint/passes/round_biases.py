@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from zeropoint.graph.attributes import Names, get_attribute
-from zeropoint.graph.bias_grid import Grid, grid_of
+from zeropoint.graph.bias_grid import Grid, grid_of, input_of
 from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.emit import inherit
 from zeropoint.graph.graph_pass import graph_pass
-from zeropoint.graph.layers import LAYERS, PADS, TRANSPOSED
+from zeropoint.graph.layers import LAYERS, TRANSPOSED
 from zeropoint.numerics import ops
 
 INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
@@ -74,7 +73,7 @@ def bias_scale(model: GraphModule, node: Node) -> torch.Tensor | None:
 
     None too where the weight's scales are not those of output channels.
     """
-    x, weight = _input_of(node), argument(node, "weight")
+    x, weight = input_of(node), argument(node, "weight")
     if x.target is not ops.DEQUANTIZE_PER_TENSOR:
         return None
     input_scale = torch.tensor(x.args[1], dtype=torch.float32)
@@ -88,15 +87,9 @@ def bias_scale(model: GraphModule, node: Node) -> torch.Tensor | None:
     return input_scale.to(scales.device) * per_output
 
 
-def _input_of(layer: Node) -> Any:
-    """Returns what a layer reads, past the padding that is computed with it."""
-    x = argument(layer, "input")
-    return x.args[0] if x.target in PADS and len(x.users) == 1 else x
-
-
 def bias_limits(layer: Node) -> torch.iinfo:
     """Returns the range of the integers that the bias of a quantized layer is kept in."""
-    return INT32 if argument(_input_of(layer), "dtype").itemsize == 1 else INT64
+    return INT32 if argument(input_of(layer), "dtype").itemsize == 1 else INT64
 
 
 def on_grid(value: torch.Tensor, scale: torch.Tensor, limits: torch.iinfo = INT32) -> torch.Tensor:

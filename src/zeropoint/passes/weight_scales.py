@@ -22,9 +22,10 @@ from zeropoint.graph.bind import argument
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.constants import constant_nodes, evaluate
 from zeropoint.graph.layers import LAYERS, groups_of
+from zeropoint.graph.observers import observer_of
 from zeropoint.numerics.granularity import PerAxis, PerTensor
 from zeropoint.passes.affine_blocks import affine_of
-from zeropoint.passes.qparams_of import QParams, group_size_of, observe_constant, observer_of, qparams_of
+from zeropoint.passes.qparams_of import QParams, group_size_of, observe_constant, qparams_of
 
 SMALLEST_DENOMINATOR = 256
 """About the smallest ``q``: larger ones follow a scale more closely, smaller ones stay further from halves."""

@@ -19,20 +19,14 @@ from zeropoint.graph.bind import reads
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.inputs import inputs_for
+from zeropoint.graph.observers import has_observers, is_fake_quantizer, observer_of
 from zeropoint.graph.train_eval import move_exported_model_to_eval
 from zeropoint.graph.within import graphs_within
 from zeropoint.numerics.sqnr import sqnr_db
-from zeropoint.passes.convert import SITE_KEY, has_observers
-from zeropoint.passes.qparams_of import observer_of, saw_nothing
+from zeropoint.passes.convert import SITE_KEY
+from zeropoint.passes.qparams_of import saw_nothing
 from zeropoint.report.record import record_of
-from zeropoint.report.site_values import (
-    ConvertedRun,
-    PreparedRun,
-    SiteValue,
-    is_fake_quantizer,
-    output_scale,
-    steps_apart,
-)
+from zeropoint.report.site_values import ConvertedRun, PreparedRun, SiteValue, output_scale, steps_apart
 
 WHERE = "check_convert"
 ONE_STEP = 1.001

@@ -19,10 +19,10 @@ from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.layers import CLAMPS
+from zeropoint.graph.observers import has_observers
 from zeropoint.graph.source import module_path, operator_name
 from zeropoint.numerics import ops
 from zeropoint.passes.body_parameters import bring_in_parameters
-from zeropoint.passes.convert import has_observers
 from zeropoint.report.record import record_of
 
 HEADER = ("name", "module", "operator", "inputs", "weight", "output", "weight bytes")

@@ -12,8 +12,8 @@ from zeropoint.core.errors import GraphError
 from zeropoint.core.policy import RECORD_KEY, BackendPolicy
 from zeropoint.graph.attributes import get_attribute, tensors_of
 from zeropoint.graph.bind import argument
+from zeropoint.graph.observers import has_observers
 from zeropoint.numerics import ops
-from zeropoint.passes.convert import has_observers
 from zeropoint.passes.round_biases import BiasRounding
 from zeropoint.report.coverage import CoverageRow, quantized_count
 

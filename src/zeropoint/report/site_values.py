@@ -9,19 +9,15 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
+from zeropoint.graph.observers import is_fake_quantizer, observer_of
 from zeropoint.numerics.granularity import PerGroup, block_size
 from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.passes.affine_blocks import affine_of, blocks_of
 from zeropoint.passes.convert import SITE_KEY
-from zeropoint.passes.qparams_of import group_size_of, limits_of, observer_of
+from zeropoint.passes.qparams_of import group_size_of, limits_of
 
 OUTPUT_STEPS = 255
 """A float output is measured in steps of so many to its range: those of 8 bits."""
-
-
-def is_fake_quantizer(observer: Any) -> bool:
-    """True for a fake quantizer of any package."""
-    return observer is not None and hasattr(observer, "fake_quant_enabled")
 
 
 @dataclass(frozen=True, eq=False, slots=True)

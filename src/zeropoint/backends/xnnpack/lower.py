@@ -29,6 +29,7 @@ from zeropoint.graph.emit import complete_values
 from zeropoint.graph.graph_pass import recompile
 from zeropoint.graph.inputs import free_axes, free_sizes, inputs_for, with_free_sizes
 from zeropoint.graph.no_ops import erase_no_ops
+from zeropoint.graph.observers import has_observers
 from zeropoint.numerics import ops
 
 REFERENCE = torch.ops.higher_order.out_dtype
@@ -106,10 +107,10 @@ def _check_made_for(model: GraphModule) -> None:
 
 
 def _check_converted(model: GraphModule) -> None:
-    if any(hasattr(module, "calculate_qparams") for module in model.children()):
+    if has_observers(model):
         what = "the model still has observers"
         raise LoweringError(what, where="xnnpack.lower", remedy="Give what convert_pt2e returned.")
-    is_reference = getattr(model.meta.get("zeropoint"), "representation", None) == "reference"
+    is_reference = getattr(model.meta.get(RECORD_KEY), "representation", None) == "reference"
     if is_reference or any(_is_integer_arithmetic(node) for node in model.graph.nodes):
         what = "the model is in the reference representation, and the delegate takes quantize and dequantize operators"
         remedy = "Convert with use_reference_representation=False, from a model that is prepared anew."

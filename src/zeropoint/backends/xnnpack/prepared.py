@@ -15,6 +15,7 @@ from zeropoint.graph.bind import argument
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.layers import LAYERS
+from zeropoint.graph.observers import observer_of
 from zeropoint.graph.source import describe
 
 SHOWN = 20
@@ -39,15 +40,10 @@ def _wrong(model: GraphModule) -> Iterator[str]:
         yield from _wrong(body)
     constants = constant_nodes(model)
     for node in model.graph.nodes:
-        observer = _observer(model, node)
+        observer = observer_of(model, node)
         if observer is None or plain_dtype(observer.dtype) not in INTEGER_DTYPES:
             continue
         yield from _of_constant(node, observer) if node.args[0] in constants else _of_activation(node, observer)
-
-
-def _observer(model: GraphModule, node: Node) -> Any:
-    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return module if hasattr(module, "calculate_qparams") else None
 
 
 def _of_constant(node: Node, observer: Any) -> Iterator[str]:

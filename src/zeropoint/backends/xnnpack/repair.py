@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from zeropoint.backends.xnnpack.sound import SAME_SCALE, pads_itself
 from zeropoint.graph.attributes import Names, get_attribute
 from zeropoint.graph.batch_norms import BATCH_NORMS
-from zeropoint.graph.bias_grid import Grid, grid_of
+from zeropoint.graph.bias_grid import grid_of
 from zeropoint.graph.bind import argument, reads, replace_read, set_argument
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.emit import Emitter
@@ -44,40 +44,35 @@ def give_each_layer_its_bias(model: GraphModule) -> None:
 
     Layers of one input scale and one weight, as the steps of a recurrent layer are, read one bias.
     """
-    names = Names(model)
-    seen: dict[str, dict[Grid, Node]] = defaultdict(dict)
-    for node in [node for node in model.graph.nodes if node.target in LAYERS]:
-        bias = argument(node, "bias")
-        if not isinstance(bias, Node) or bias.op != "get_attr":
-            continue
-        path, grid = str(bias.target), grid_of(node)
-        known = seen[path]
-        if grid in known:
-            set_argument(node, "bias", known[grid])
-            continue
-        if known:
-            _give_own_parameter(model, node, "bias", names.new(f"{path.replace('.', '_')}_"))
-        known[grid] = argument(node, "bias")
+    layers = [node for node in model.graph.nodes if node.target in LAYERS]
+    _give_each_its_own(model, [(node, "bias", grid_of(node)) for node in layers])
 
 
 def give_each_layer_of_one_dimension_its_weight(model: GraphModule) -> None:
     """Copies a quantized weight that several layers read, which executorch 1.4 gives a second dimension for each."""
     weights = [argument(node, "weight") for node in model.graph.nodes if node.target in ONE_DIMENSION]
-    _give_each_its_own(model, [(weight, "input") for weight in weights if weight.target in ops.DEQUANTIZE_OPS])
+    _give_each_its_own(model, [(weight, "input", weight) for weight in weights if weight.target in ops.DEQUANTIZE_OPS])
 
 
-def _give_each_its_own(model: GraphModule, places: list[tuple[Node, str]]) -> None:
-    """Copies a parameter that is read at several places, each a node and the name of its argument, for all but one."""
+def _give_each_its_own(model: GraphModule, places: list[tuple[Node, str, object]]) -> None:
+    """Copies a parameter that is read at several places, so that each key has one of its own.
+
+    A place is a node, the name of its argument, and a key: places of equal ones share the parameter.
+    """
     names = Names(model)
-    seen: set[str] = set()
-    for node, name in places:
+    seen: dict[str, dict[object, Node]] = defaultdict(dict)
+    for node, name, key in places:
         read = argument(node, name)
         if not isinstance(read, Node) or read.op != "get_attr":
             continue
         path = str(read.target)
-        if path in seen:
+        known = seen[path]
+        if key in known:
+            set_argument(node, name, known[key])
+            continue
+        if known:
             _give_own_parameter(model, node, name, names.new(f"{path.replace('.', '_')}_"))
-        seen.add(path)
+        known[key] = argument(node, name)
 
 
 def give_each_move_one_scale(model: GraphModule) -> None:
