@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 BENCHMARKS := $(patsubst bench/%.py,%,$(filter-out bench/_%,$(wildcard bench/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test bench clean
+.PHONY: help setup demo check test bench results docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,13 @@ bench-%: bench/%.py setup
 	@mkdir -p build
 	@echo "$<"
 	@$(BIN)/python -m bench.$* --json build/$*.json
+
+results: setup ## put the figures of the last bench and demo into the tables of README.md and docs/
+	@$(BIN)/python -m bench._tables
+
+docs: setup ## the documentation as a site, in build/site; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "docs: build/site/index.html"
 
 clean: ## remove .venv and everything that was built
 	@rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
