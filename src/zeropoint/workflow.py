@@ -25,6 +25,7 @@ from zeropoint.passes.convert import convert, every, none, nothing
 from zeropoint.passes.end_training import end_training
 from zeropoint.passes.finish import finish
 from zeropoint.passes.fold_batch_norm import fold_batch_norm
+from zeropoint.passes.halve_tables import halve_tables
 from zeropoint.passes.insert_observers import insert_observers
 from zeropoint.passes.invariants import CONVERTED
 from zeropoint.passes.make_observers import make_observers
@@ -155,6 +156,8 @@ def convert_pt2e(
     with LateWrites() as writes:
         convert(model, every if fold_quantize else none, writes, known)
         biases = round_biases(model) if on_grid else []
+        if record_of(model).halves_tables:
+            halve_tables(model)
         lift_parameters(model)
         converted = finish(model)
     converted = in_integers(converted) if use_reference_representation else converted

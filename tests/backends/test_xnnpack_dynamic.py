@@ -74,7 +74,7 @@ def test_a_table_that_stays_float_says_how_it_would_not():
     inputs = (torch.randint(0, 50, (2, 7)),)
     result = zp.quantize(module, inputs, quantizer=dynamic(), verify=False)
     (row,) = (row for row in result.coverage if not row.is_quantized)
-    assert row.reason.endswith("EmbeddingQuantizer, composed with this quantizer, keeps its table in bytes")
+    assert row.reason.endswith("EmbeddingQuantizer, composed with this quantizer, keeps it in bytes")
     assert "on the example inputs" in str(result)
     smaller = zp.quantize(
         module, inputs, quantizer=zp.ComposableQuantizer([dynamic(), zp.EmbeddingQuantizer()]), verify=False

@@ -50,6 +50,11 @@ class Record:
         """True when the backend computes float biases on the int32 grid."""
         return self.policy is not None and self.policy.bias == "float on the int32 grid"
 
+    @property
+    def halves_tables(self) -> bool:
+        """True when embedding tables that stay float are stored as float16."""
+        return self.policy is not None and self.policy.tables == "float16"
+
 
 def start_record(model: GraphModule, rows: tuple[CoverageRow, ...], quantizer: Any, *, is_qat: bool = False) -> None:
     """Puts a new record on a model that is about to get observers, or fake quantizers for training."""

@@ -26,7 +26,10 @@ MASKING = 1e4
 """Added to attention scores, such a constant is a mask: -10000, -1e9, the smallest float or infinity."""
 IN_FLOAT = "the XNNPACK delegate computes it in float only"
 OUTSIDE = "the XNNPACK delegate does not take it: the portable float kernel computes it"
-OF_A_TABLE = f"{OUTSIDE}. EmbeddingQuantizer, composed with this quantizer, keeps its table in bytes"
+OF_A_TABLE = (
+    f"{OUTSIDE}. Its table is kept as float16 where no activation has a fixed scale; EmbeddingQuantizer, composed with "
+    "this quantizer, keeps it in bytes"
+)
 PORTABLE = "The portable float kernel computes it"
 OTHERWISE = "In float only"
 NEEDS_CONSTANT = "a product of two activations: the XNNPACK delegate computes it in float only"

@@ -30,7 +30,7 @@ WHERE = "get_symmetric_quantization_config"
 FINE_EPS = 2**-20
 """Smallest scale of the default configuration: a bias of 40 still fits int32 where the input's scale is 0.02."""
 
-POLICY = BackendPolicy(name="xnnpack", bias="float on the int32 grid")
+POLICY = BackendPolicy(name="xnnpack", bias="float on the int32 grid", tables="float16")
 
 
 def get_symmetric_quantization_config(
