@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -27,6 +28,7 @@ from zeropoint.graph.capture import capture
 from zeropoint.graph.constants import mutated_attributes
 from zeropoint.graph.copies import copy_graph, restart
 from zeropoint.graph.observers import has_observers
+from zeropoint.graph.train_eval import mode_of, move_exported_model_to_eval
 from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.passes.canonicalize import canonicalize
 from zeropoint.passes.fold_batch_norm import fold_batch_norm
@@ -63,7 +65,8 @@ def quantize(
     """Returns the model quantized to int8, as a converted graph and as a file that was run and compared.
 
     Args:
-        model: a module, an exported program or its ``.module()``. A module is left as it was.
+        model: a module, an exported program or its ``.module()``, which is left as it was. The result is of its eval
+            mode.
         example_inputs: positional inputs; shapes and dtypes as in use.
         calibration_data: batches, each a tuple of positional inputs or one tensor; real data, as in use. None for a
             quantizer that measures nothing, of weights alone or with activations quantized at run time: the file is
@@ -111,7 +114,7 @@ def quantize(
     with stages.stage("export"):
         captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
         require_unprepared(captured, "quantize")
-        float_model = copy_graph(captured)
+        float_model = _in_eval_mode(captured)
     trainable = None
     if train is not None:
         with stages.stage("prepare training"):
@@ -138,6 +141,11 @@ def quantize(
     if trainable is None or train is None:
         return result
     return train_from(result, trainable, train, evaluate, (float_model, data.kept), finish, stages)
+
+
+def _in_eval_mode(captured: GraphModule) -> GraphModule:
+    """Returns a copy that shares weights, in eval mode; one in train mode, which writes to its statistics, is whole."""
+    return move_exported_model_to_eval(copy.deepcopy(captured)) if mode_of(captured) else copy_graph(captured)
 
 
 def _calibrate(

@@ -115,8 +115,8 @@ class LearnableFakeQuantize(FakeQuantize):
         self._initialized = True
 
     def fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            self.scale.clamp_(min=self.eps.item())
+        # As data: what backward keeps of an earlier call in the same step was clamped then, and is not changed here.
+        self.scale.data.clamp_(min=self.eps.item())
         return super().fake_quantize(x)
 
     def _factor(self, x: torch.Tensor) -> float:
