@@ -16,9 +16,9 @@ from zeropoint.workflow import convert_pt2e, prepare_qat_pt2e
 LEARNS = {"learn_ranges_after": 1}
 
 
-def prepared(name):
+def prepared(name, dropout=0.2):
     module = network(0)
-    module[4].p = 0.2
+    module[4].p = dropout
     exported = torch.export.export(module.train(), (inputs(0),)).module()
     return prepare_qat_pt2e(exported, TRAININGS[name][0]())
 
@@ -89,3 +89,15 @@ def test_bfloat16_autocast(name, settings):
     dtypes = {(each.scale.dtype, each.activation_post_process.min_val.dtype) for each in fakes}
     assert dtypes == {(torch.float32, torch.float32)}
     assert check_convert(model, convert_pt2e(copy.deepcopy(model)), inputs(1)).agrees
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles.
+def test_a_compiled_step_is_the_plain_step():
+    """With batch norm frozen; in train mode torch refuses, since fake quantizers split the graph around it."""
+    settings = {"freeze_batch_norm_after": 0, "freeze_ranges_after": 2}
+    plain, other = prepared("moving average", dropout=0.0), prepared("moving average", dropout=0.0)
+    losses, gradients = train(plain, plain, settings)
+    torch._dynamo.reset()
+    again, found = train(other, torch.compile(other, backend="aot_eager"), settings)
+    assert again == pytest.approx(losses, rel=1e-5)
+    assert all(torch.allclose(found[name], gradients[name], atol=1e-5) for name in gradients)
