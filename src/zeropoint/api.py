@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,30 +17,28 @@ from torch.utils import _pytree as pytree
 
 from zeropoint.algorithms.correct_biases import Correction, channel_means, correct_biases
 from zeropoint.algorithms.equalize import Pair, equalize
+from zeropoint.algorithms.start_ranges import start_ranges
 from zeropoint.annotate.quantizer import Quantizer
 from zeropoint.backends import xnnpack
 from zeropoint.calibration import CalibrationData
 from zeropoint.core.arguments import require_bool
 from zeropoint.core.errors import CalibrationError, NothingQuantizedError, SpecError
 from zeropoint.core.extras import require_extra
-from zeropoint.core.files import write_atomically
-from zeropoint.graph.attributes import get_attribute, set_parameter
 from zeropoint.graph.capture import capture
 from zeropoint.graph.constants import mutated_attributes
+from zeropoint.graph.copies import copy_graph, restart
 from zeropoint.graph.observers import has_observers
-from zeropoint.numerics.quantized_tensor import QuantizedTensor
+from zeropoint.graph.train_eval import mode_of, move_exported_model_to_eval
 from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.passes.canonicalize import canonicalize
 from zeropoint.passes.fold_batch_norm import fold_batch_norm
-from zeropoint.report.accuracy import AccuracyWork, accuracy_line
-from zeropoint.report.coverage import CoverageRow, quantized_count
-from zeropoint.report.record import Record, record_of, refresh_biases, require_unprepared
-from zeropoint.report.speed import speed_note, work_of
+from zeropoint.report.accuracy import AccuracyWork
+from zeropoint.report.coverage import quantized_count
+from zeropoint.report.record import record_of, refresh_biases, require_unprepared
 from zeropoint.report.stages import Stages
-from zeropoint.report.summary import bias_lines, coverage_lines, decibels, size_line
-from zeropoint.report.tensors import float_weight_lines, quantized_tensors
-from zeropoint.runtime.verify import Verification
+from zeropoint.result import QuantizedModel
 from zeropoint.runtime.verify import verify as verify_file
+from zeropoint.training import Evaluate, Train, check_functions, prepare_training, train_from
 from zeropoint.workflow import convert_pt2e, prepare_pt2e
 
 COMPARED_BATCHES = 2
@@ -49,86 +46,6 @@ COMPARED_BATCHES = 2
 ACCURACY = ("equalize", "correct_biases")
 """What ``quantize`` does for accuracy unless told otherwise."""
 NOT_ASKED_FOR = "not asked for"
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedModel:
-    """What ``quantize`` made. Printing it gives the summary.
-
-    Args:
-        model: the converted graph module, which runs in PyTorch.
-        pte: the bytes of the file.
-        record: coverage, sizes and biases.
-        delegates: pieces of the model that run on the backend; one is best.
-        outside: operators left outside of it, with how often.
-        float_sqnr_db: lowest SQNR of a float output of the converted model against the float model, in dB, on the
-            first two calibration batches; NaN where all outputs are integers.
-        verification: how the file compares with the converted model on the runtime, on the same batches; None: not
-            verified.
-        accuracy: what was done for accuracy beyond rounding, and why not more.
-        stages_s: seconds that each stage took.
-        free: the largest size of each axis of an input that is free in the file, by ``input[axis]``.
-    """
-
-    model: GraphModule = field(repr=False)
-    pte: bytes = field(repr=False)
-    record: Record
-    delegates: int
-    outside: tuple[tuple[str, int], ...]
-    float_sqnr_db: float
-    verification: Verification | None
-    accuracy: AccuracyWork
-    stages_s: dict[str, float]
-    free: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def coverage(self) -> tuple[CoverageRow, ...]:
-        """One row per compute node: integer, or float with the reason."""
-        return self.record.coverage
-
-    @property
-    def runtime_sqnr_db(self) -> float | None:
-        """Lowest SQNR of a float output of the file against the converted model, in dB; None: not verified."""
-        return None if self.verification is None else self.verification.sqnr_db
-
-    def speed_note(self) -> str:
-        """Returns why int8 may not be faster than float on this processor; empty where nothing speaks against it."""
-        return speed_note(work_of(self.model))
-
-    def tensors(self) -> dict[str, QuantizedTensor]:
-        """Returns the weights that are stored as integers, by their path in the float model."""
-        return quantized_tensors(self.model)
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the file, whole or not at all, and returns its path.
-
-        Raises:
-            FileError: it cannot be written there.
-        """
-        return write_atomically(path, self.pte)
-
-    def __str__(self) -> str:
-        left = ", ".join(f"{name} {count}" for name, count in self.outside) or "nothing"
-        file = "not verified" if self.verification is None else f"{_agreement(self.verification)} on the runtime"
-        times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.stages_s.items())
-        speed = [f"speed     {note}"] if (note := self.speed_note()) else []
-        data = "calibration data" if "calibrate" in self.stages_s else "the example inputs"
-        free = [f"sizes     free up to {', '.join(f'{axis} {end}' for axis, end in self.free)}"] if self.free else []
-        return "\n".join(
-            [
-                *coverage_lines(self.coverage),
-                accuracy_line(self.accuracy),
-                *bias_lines(self.record.biases),
-                size_line(self.record.float_bytes, self.record.converted_bytes, "weights"),
-                *float_weight_lines(self.model, self.record.converted_bytes),
-                f"file      {len(self.pte):,} bytes; {self.delegates} delegate(s); left outside: {left}",
-                f"outputs   against float {decibels(self.float_sqnr_db)} on {data}",
-                f"          file against converted model: {file}",
-                *free,
-                *speed,
-                f"stages    {times}",
-            ]
-        )
 
 
 def quantize(
@@ -142,11 +59,14 @@ def quantize(
     accuracy: Sequence[Literal["equalize", "correct_biases"]] = ACCURACY,
     verify: bool = True,
     progress: bool | None = None,
+    train: Train | None = None,
+    evaluate: Evaluate | None = None,
 ) -> QuantizedModel:
     """Returns the model quantized to int8, as a converted graph and as a file that was run and compared.
 
     Args:
-        model: a module, an exported program or its ``.module()``. A module is left as it was.
+        model: a module, an exported program or its ``.module()``, which is left as it was. The result is of its eval
+            mode.
         example_inputs: positional inputs; shapes and dtypes as in use.
         calibration_data: batches, each a tuple of positional inputs or one tensor; real data, as in use. None for a
             quantizer that measures nothing, of weights alone or with activations quantized at run time: the file is
@@ -160,21 +80,33 @@ def quantize(
             quantized model only.
         verify: run the file in a child process and compare it with the converted model, on the first two batches.
         progress: write progress to standard error; by default when that is a terminal.
+        train: trains the model it is called with, in place, by a loop of your own: a copy of yours with fake
+            quantizers (``prepare_qat_pt2e``), whose ranges cover the calibration data, in train mode. It returns None,
+            or the model to take, which may be a copy or wrapped. What it became is converted, and checked site by site
+            to compute what was trained; the result is the better one of it and the model before training. A
+            ``quantizer`` is then one whose specs name fake quantizers.
+        evaluate: measures a converted model by a number of which higher is better; it decides which is kept. Without
+            it both are measured by their fit to the float model, which training for labels leaves: then the trained
+            one is kept, with a warning in the summary where it fits less than the other, unless it fits no better than
+            the mean of the outputs would.
 
     Raises:
         SpecError: a choice that does not exist, or ``dynamic_shapes`` of a model that is exported already.
         CaptureError: the model cannot be exported.
         GraphError: it is prepared or converted already.
         CalibrationError: there is no data, or it does not fit the model.
+        NonFiniteError: a value of the model, or a parameter after training, is NaN or infinite.
         NothingQuantizedError: no operator would be quantized.
         AnnotationError, RuleError: the quantizer's annotations contradict the graph, or a rule matches nothing.
         LoweringError: the backend would refuse the converted model, or compute it wrongly.
         RuntimeFailure: the file does not run; names the first operator with which it does not.
-        VerificationError: the file computes something else; names the first operator that differs.
+        VerificationError: the file computes something else; names the first operator that differs. Or what was trained
+            is not what was converted; names the first site.
         MissingExtraError: the backend's package is not installed; found before anything is done.
     """
     _check_backend(backend)
     _check_accuracy(accuracy)
+    check_functions(train, evaluate)
     require_bool("verify", verify, "quantize")
     if progress is not None:
         require_bool("progress", progress, "quantize")
@@ -182,7 +114,12 @@ def quantize(
     with stages.stage("export"):
         captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
         require_unprepared(captured, "quantize")
-        float_model = _copy(captured)
+        float_model = _in_eval_mode(captured)
+    trainable = None
+    if train is not None:
+        with stages.stage("prepare training"):
+            used = _default_quantizer(is_qat=True) if quantizer is None else quantizer
+            trainable = prepare_training(model, example_inputs, dynamic_shapes, used)
     with stages.stage("read data"):
         data = _data(calibration_data, example_inputs, float_model)
         is_calibrated = calibration_data is not None
@@ -193,26 +130,60 @@ def quantize(
         prepared = prepare_pt2e(working, quantizer if quantizer is not None else _default_quantizer())
         _require_quantized(prepared)
         xnnpack.check_prepared(prepared)
-    if is_calibrated:
-        with stages.stage("calibrate"), torch.no_grad():
-            for inputs in stages.count(data, data.count, "calibrate"):
-                prepared(*inputs)
+    _calibrate(prepared, trainable, data if is_calibrated else None, stages)
     with stages.stage("convert"):
         converted = _convert(prepared, is_calibrated)
     correction = _correct(converted, data, reference, stages)
-    _restart(converted, float_model)
+    unasked = NOT_ASKED_FOR if is_calibrated else "no calibration data"
+    work = _accuracy_work(accuracy, equalized, correction, unasked)
+    finish = partial(_finish, float_model, example_inputs, data.kept[:COMPARED_BATCHES], verify, stages)
+    result = finish(converted, work)
+    if trainable is None or train is None:
+        return result
+    return train_from(result, trainable, train, evaluate, (float_model, data.kept), finish, stages)
+
+
+def _in_eval_mode(captured: GraphModule) -> GraphModule:
+    """Returns a copy that shares weights, in eval mode; one in train mode, which writes to its statistics, is whole."""
+    return move_exported_model_to_eval(copy.deepcopy(captured)) if mode_of(captured) else copy_graph(captured)
+
+
+def _calibrate(
+    prepared: GraphModule, trainable: GraphModule | None, data: CalibrationData | None, stages: Stages
+) -> None:
+    """Shows the data to the observers, and to the fake quantizers of a model that will be trained."""
+    if data is not None:
+        with stages.stage("calibrate"), torch.no_grad():
+            watched = nullcontext() if trainable is None else start_ranges(trainable)
+            with watched:
+                for inputs in stages.count(data, data.count, "calibrate"):
+                    prepared(*inputs)
+                    if trainable is not None:
+                        trainable(*inputs)
+    elif trainable is not None:
+        trainable.train()
+
+
+def _finish(
+    float_model: GraphModule,
+    example_inputs: tuple[Any, ...],
+    compared: Sequence[tuple[Any, ...]],
+    verify: bool,
+    stages: Stages,
+    converted: GraphModule,
+    work: AccuracyWork,
+) -> QuantizedModel:
+    """Lowers a converted model, runs the file and compares all three."""
+    restart(converted, float_model)
     with stages.stage("lower"):
         lowered = xnnpack.lower_program(converted, example_inputs)
-    compared = data.kept[:COMPARED_BATCHES]
     verification = None
     if verify:
         with stages.stage("verify"):
             verification = verify_file(lowered.pte, converted, compared, xnnpack.lower)
-            _restart(converted, float_model)
+            restart(converted, float_model)
     with stages.stage("compare"):
         float_sqnr = _float_sqnr(float_model, converted, compared)
-    unasked = NOT_ASKED_FOR if is_calibrated else "no calibration data"
-    work = _accuracy_work(accuracy, equalized, correction, unasked)
     return QuantizedModel(
         converted, lowered.pte, record_of(converted), lowered.delegates, lowered.outside, float_sqnr, verification,
         work, dict(stages.seconds), lowered.free,
@@ -237,15 +208,9 @@ def _convert(prepared: GraphModule, is_calibrated: bool) -> GraphModule:
         raise CalibrationError(what, where=error.where, remedy=remedy) from error
 
 
-def _restart(model: GraphModule, beginning: GraphModule) -> None:
-    """Gives the buffers that the model writes to the values that they have in another one, which was not run yet."""
-    for path in mutated_attributes(model.graph):
-        set_parameter(model, path, get_attribute(beginning, path).detach().clone())
-
-
 def _float_sqnr(float_model: GraphModule, converted: GraphModule, batches: Sequence[tuple[Any, ...]]) -> float:
     """Returns the lowest SQNR of the converted model against the float one, both run on copies of their buffers."""
-    models = _copy(float_model), _copy(converted)
+    models = copy_graph(float_model), copy_graph(converted)
     return min(_compare(*models, inputs) for inputs in batches)
 
 
@@ -261,7 +226,7 @@ def _improve(
 ) -> tuple[GraphModule, list[Pair]]:
     """Returns a copy of the model to be quantized, and the pairs of layers that were equalized in it."""
     with stages.stage("canonicalize"):
-        working = _copy(float_model)
+        working = copy_graph(float_model)
         canonicalize(working)
         fold_batch_norm(working)
     pairs: list[Pair] = []
@@ -283,7 +248,7 @@ def _float_means(
     if "correct_biases" in accuracy and not mutated_attributes(working.graph):
         with stages.stage("float means"):
             reference = channel_means(working, data.kept)
-    _restart(working, float_model)
+    restart(working, float_model)
     return reference
 
 
@@ -318,16 +283,8 @@ def _check_backend(backend: str) -> None:
     require_extra("executorch.exir", "executorch")
 
 
-def _default_quantizer() -> Quantizer:
-    return xnnpack.XNNPACKQuantizer().set_global(xnnpack.get_default_quantization_config())
-
-
-def _copy(model: GraphModule) -> GraphModule:
-    """Returns the model with a graph of its own, and buffers of its own where it writes to them; others are shared."""
-    copied = GraphModule(model, copy.deepcopy(model.graph))
-    for path in mutated_attributes(copied.graph):
-        set_parameter(copied, path, get_attribute(copied, path).detach().clone())
-    return copied
+def _default_quantizer(*, is_qat: bool = False) -> Quantizer:
+    return xnnpack.XNNPACKQuantizer().set_global(xnnpack.get_default_quantization_config(is_qat=is_qat))
 
 
 def _require_quantized(prepared: GraphModule) -> None:
@@ -346,11 +303,3 @@ def _compare(reference: GraphModule, model: GraphModule, inputs: tuple[Any, ...]
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def _agreement(verification: Verification) -> str:
-    notes = ", no value further than one step" if verification.within_one_step else ""
-    if not math.isinf(shaken := verification.shaken_db):
-        notes = f", the model against itself with other last bits {decibels(shaken)}"
-    ties = "" if verification.integers_equal else ", integers but for ties"
-    return f"{decibels(verification.sqnr_db)}{notes}{ties}"

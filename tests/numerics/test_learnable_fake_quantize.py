@@ -291,3 +291,16 @@ def test_a_network_is_trained_with_it_and_converted():
     converted = convert_pt2e(prepared)
     weight = models.find(converted, "conv2d").args[1]
     assert torch.equal(converted.get_buffer(weight.args[1].target), scale)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_one_range_twice_in_a_step(learns):
+    """As before and after max pooling: the second call may observe, and must not spoil the way back of the first."""
+    module = LearnableFakeQuantize(MovingAverageMinMaxObserver, **INT8)
+    module(data())
+    if learns:
+        module.enable_range_learning()
+    x = data(4).requires_grad_()
+    module(module(x).relu()).square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert (module.scale.grad is not None) == learns

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
@@ -50,6 +52,27 @@ def capture(
         case _:
             remedy = "Give an nn.Module, an ExportedProgram or the result of its .module()."
             raise CaptureError(f"got {type(model).__name__}, not a model", remedy=remedy)
+
+
+def capture_for_training(
+    model: nn.Module | ExportedProgram | GraphModule, example_inputs: tuple[Any, ...], *, dynamic_shapes: Any = None
+) -> GraphModule:
+    """Returns the model as an exported graph module with weights of its own, for training.
+
+    A module is exported in train mode: as it is where it is in that, so that what is frozen stays frozen. One that
+    cannot be exported so with these inputs, such as a batch norm with one value per channel, is exported in eval mode.
+
+    Raises:
+        CaptureError, SpecError: as ``capture``.
+    """
+    if isinstance(model, nn.Module) and not is_exported(model):
+        try:
+            with _in_train_mode(model), torch.no_grad():
+                exported = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
+            return copy.deepcopy(exported.module())  # type: ignore[return-value]
+        except Exception:  # What export raises is of no one kind; in eval mode it is raised again, or does not matter.
+            logging.getLogger(__name__).debug("export in train mode failed", exc_info=True)
+    return copy.deepcopy(capture(model, example_inputs, dynamic_shapes=dynamic_shapes))
 
 
 def _check_not_given(model: object, dynamic_shapes: Any, strict: bool) -> None:
@@ -106,6 +129,24 @@ def _check_distinct(inputs: tuple[Any, ...]) -> None:
             what = f"example inputs {seen[id(value)]} and {position} are one tensor object; export would merge them"
             raise CaptureError(what, remedy="Pass distinct tensors, e.g. x.clone().")
         seen[id(value)] = position
+
+
+@contextmanager
+def _in_train_mode(model: nn.Module) -> Generator[None]:
+    """Trains every submodule for the duration, unless the module is in train mode already; then restores each one's."""
+    if model.training:
+        yield
+        return
+    training = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            if isinstance(module, SwitchedModule):
+                module.train(mode)
+            else:
+                module.training = mode
 
 
 @contextmanager

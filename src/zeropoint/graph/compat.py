@@ -13,6 +13,8 @@
 | tree_flatten_spec | torch.fx._pytree | 1.13 to 2.13 |
 | enable_python_dispatcher | torch._dispatch.python | 2.0 to 2.13 |
 | no_dispatch | torch.utils._mode_utils | 2.0 to 2.13 |
+| _C._current_graph_task_id | torch | 2.0 to 2.13 |
+| _C._autograd._top_saved_tensors_default_hooks | torch | 2.5 to 2.13 |
 | SymNode.hint, ShapeEnv.bound_sympy | torch.SymInt.node | 2.1 to 2.13 |
 """
 
@@ -44,13 +46,26 @@ __all__ = [
     "fake_mode_of",
     "fake_on",
     "flatten_as",
+    "in_backward",
     "input_structure",
     "is_tensor_list",
     "is_tensor_value",
     "largest_size",
     "return_tuple",
+    "saves_by_hooks",
     "size_in_example",
 ]
+
+
+def in_backward() -> bool:
+    """True inside of a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def saves_by_hooks() -> bool:
+    """True where a function decides what autograd keeps of a forward pass, as activation checkpointing does."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
+    return hooks is not None
 
 
 def created_from(node: Node, pass_name: str) -> list[NodeSource]:

@@ -8,11 +8,12 @@ from torch.fx import GraphModule
 
 from zeropoint.core.errors import CalibrationError, NonFiniteError, ZeropointError
 from zeropoint.graph.inputs import inputs_for
+from zeropoint.graph.replay import replayed
 from zeropoint.graph.train_eval import SwitchedModule
 
 
 class ExplainedModule(SwitchedModule):
-    """Says, where a call fails, which of the inputs is not one that the graph was exported for.
+    """Says, where a call fails, which of the inputs is not one that the graph was exported for; may be checkpointed.
 
     Inputs are looked at after a failure only: a call that succeeds costs nothing more, whichever sizes it has.
     """
@@ -24,7 +25,8 @@ class ExplainedModule(SwitchedModule):
             CalibrationError: the call failed, and an input has another shape or dtype than the graph was exported for.
         """
         try:
-            return super().__call__(*inputs, **named)
+            with replayed(self, (inputs, named)):
+                return super().__call__(*inputs, **named)
         except ZeropointError:
             raise
         except Exception as error:

@@ -149,6 +149,14 @@ class FakeQuantize(FakeQuantizeBase):
             self._make_room(name, value.shape)
             getattr(self, name).copy_(value)
 
+    def take_range(self) -> None:
+        """Takes scale and zero point anew from what its observer has seen.
+
+        Raises:
+            CalibrationError: no tensor was observed.
+        """
+        self._take(*self.activation_post_process.calculate_qparams())
+
     def _make_room(self, name: str, shape: torch.Size) -> None:
         """Gives ``scale`` or ``zero_point`` another shape; its values are to be written."""
         getattr(self, name).resize_(shape)

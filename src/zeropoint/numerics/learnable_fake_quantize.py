@@ -107,13 +107,16 @@ class LearnableFakeQuantize(FakeQuantize):
             return x
         if not self._initialized or self.observer_enabled.item():
             self.activation_post_process(x.detach())
-            self._take(*super().calculate_qparams())
-            self._initialized = True
+            self.take_range()
         return self.fake_quantize(x) if self.fake_quant_enabled.item() else x
 
+    def take_range(self) -> None:
+        super().take_range()
+        self._initialized = True
+
     def fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            self.scale.clamp_(min=self.eps.item())
+        # As data: what backward keeps of an earlier call in the same step was clamped then, and is not changed here.
+        self.scale.data.clamp_(min=self.eps.item())
         return super().fake_quantize(x)
 
     def _factor(self, x: torch.Tensor) -> float:

@@ -135,7 +135,9 @@ class _Learned(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(inputs[0], inputs[1], *output)
+        learns = any(ctx.needs_input_grad[1:3])  # Else the scale may be written before the way back: it is observed.
+        x, scale, y = (inputs[0], inputs[1], output[0]) if learns else (None, None, None)
+        ctx.save_for_backward(x, scale, y, output[1])
         ctx.factor = inputs[5]
 
     @staticmethod

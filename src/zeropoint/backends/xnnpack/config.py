@@ -89,7 +89,7 @@ def _require_zero(**ranges: tuple[int, int]) -> None:
             raise SpecError(what, where=WHERE, remedy=f"Choose {taken}.")
 
 
-def get_default_quantization_config() -> QuantizationConfig:
+def get_default_quantization_config(is_qat: bool = False) -> QuantizationConfig:
     """Returns what ``quantize`` uses: int8, per-channel weights, activations by their smallest and largest value.
 
     Histogram ranges clip; the error of clipping is alike in neighbouring values, so it costs more than the finer
@@ -97,13 +97,30 @@ def get_default_quantization_config() -> QuantizationConfig:
     channels are equalized, which histograms defeat. Ranges are those of the calibration data, so give real data.
     Scales may be as small as ``FINE_EPS``: once batch norm is folded, one channel in twenty of EfficientNet-Lite0 has
     weights for which ``EPS`` is too coarse, and outputs below 1e-4 would all be 0.
+
+    Args:
+        is_qat: fake quantizers in place of observers, whose ranges are moving averages in training.
+
+    Raises:
+        SpecError: the flag is no bool.
     """
+    require_bool("is_qat", is_qat, "get_default_quantization_config")
     config = get_symmetric_quantization_config(is_per_channel=True)
     assert config.input_activation is not None
     assert config.weight is not None
-    activation = replace(config.input_activation, observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=FINE_EPS))
-    weight = replace(config.weight, observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(eps=FINE_EPS))
-    return replace(config, input_activation=activation, output_activation=activation, weight=weight)
+    of_activation, of_weight = _default_observers(is_qat)
+    activation = replace(config.input_activation, observer_or_fake_quant_ctr=of_activation)
+    weight = replace(config.weight, observer_or_fake_quant_ctr=of_weight)
+    return replace(config, input_activation=activation, output_activation=activation, weight=weight, is_qat=is_qat)
+
+
+def _default_observers(is_qat: bool) -> tuple[Any, Any]:
+    """Returns those of activations and of weights."""
+    if is_qat:
+        fused = FusedMovingAvgObsFakeQuantize.with_args(eps=FINE_EPS)
+        kinds = MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
+        return fused.with_args(observer=kinds[0]), fused.with_args(observer=kinds[1])
+    return MinMaxObserver.with_args(eps=FINE_EPS), PerChannelMinMaxObserver.with_args(eps=FINE_EPS)
 
 
 def _activation_observer(is_qat: bool, is_dynamic: bool) -> Any:

@@ -1,0 +1,24 @@
+"""Copies of graphs that share weights, and the values that the buffers of a graph begin with."""
+
+from __future__ import annotations
+
+import copy
+
+from torch.fx import GraphModule
+
+from zeropoint.graph.attributes import get_attribute, set_parameter
+from zeropoint.graph.constants import mutated_attributes
+
+
+def copy_graph(model: GraphModule) -> GraphModule:
+    """Returns the model with a graph of its own, and buffers of its own where it writes to them; others are shared."""
+    copied = GraphModule(model, copy.deepcopy(model.graph))
+    for path in mutated_attributes(copied.graph):
+        set_parameter(copied, path, get_attribute(copied, path).detach().clone())
+    return copied
+
+
+def restart(model: GraphModule, beginning: GraphModule) -> None:
+    """Gives the buffers that the model writes to the values that they have in another one, which was not run yet."""
+    for path in mutated_attributes(model.graph):
+        set_parameter(model, path, get_attribute(beginning, path).detach().clone())

@@ -1,0 +1,103 @@
+"""Training steps as people write them: checkpointed, in bfloat16, compiled. The oracle is the plain step."""
+
+import copy
+
+import pytest
+import torch
+from resumable import TRAININGS, inputs, network
+from torch.utils.checkpoint import checkpoint
+
+from zeropoint.algorithms.qat_schedule import QATSchedule
+from zeropoint.graph import replay
+from zeropoint.numerics.fake_quantize import FakeQuantize
+from zeropoint.report.check_convert import check_convert
+from zeropoint.workflow import convert_pt2e, prepare_qat_pt2e
+
+LEARNS = {"learn_ranges_after": 1}
+
+
+def prepared(name, dropout=0.2):
+    module = network(0)
+    module[4].p = dropout
+    exported = torch.export.export(module.train(), (inputs(0),)).module()
+    return prepare_qat_pt2e(exported, TRAININGS[name][0]())
+
+
+def train(model, call, settings, steps=3):
+    """Returns the losses, and the gradients of the last step."""
+    optimizer, schedule = torch.optim.SGD(model.parameters(), 0.05), QATSchedule(**settings)
+    losses = []
+    for step in range(steps):
+        torch.manual_seed(step)
+        schedule.step(model)
+        loss = (call(inputs(step)) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("moving average", {}), ("histogram", {}), ("affine", {}), ("learned", LEARNS)]
+)
+def test_a_checkpointed_step_is_the_plain_step(name, settings):
+    """Bit for bit: a range is observed once, and batch norm counts one batch."""
+    plain, other = prepared(name), prepared(name)
+    losses, gradients = train(plain, plain, settings)
+    again, found = train(other, lambda x: checkpoint(other, x, use_reentrant=False), settings)
+    assert again == losses
+    assert same(found, gradients)
+    assert same(other.state_dict(), plain.state_dict())
+    batches = [key for key in plain.state_dict() if key.endswith("num_batches_tracked")]
+    assert [other.state_dict()[key].item() for key in batches] == [3, 3]
+    seen = [[each.batches for each in model.modules() if isinstance(each, FakeQuantize)] for model in (plain, other)]
+    assert seen[0] == seen[1]
+
+
+def test_two_checkpointed_calls_before_one_way_back():
+    plain, other = prepared("moving average"), prepared("moving average")
+    train(plain, lambda x: plain(x) + plain(2 * x), {})
+    train(other, lambda x: sum(checkpoint(other, y, use_reentrant=False) for y in (x, 2 * x)), {})
+    assert same(other.state_dict(), plain.state_dict())
+    assert not replay._waiting.get(other)
+
+
+def test_without_checkpointing_nothing_is_kept():
+    model = prepared("moving average")
+    train(model, model, {})
+    assert model not in replay._waiting
+
+
+@pytest.mark.parametrize(("name", "settings"), [("moving average", {}), ("learned", LEARNS)])
+def test_bfloat16_autocast(name, settings):
+    model = prepared(name)
+
+    def call(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x).float()
+
+    losses, gradients = train(model, call, settings)
+    plain, _ = train(other := prepared(name), other, settings)
+    assert losses[0] == pytest.approx(plain[0], rel=0.02)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    fakes = [each for each in model.modules() if isinstance(each, FakeQuantize)]
+    dtypes = {(each.scale.dtype, each.activation_post_process.min_val.dtype) for each in fakes}
+    assert dtypes == {(torch.float32, torch.float32)}
+    assert check_convert(model, convert_pt2e(copy.deepcopy(model)), inputs(1)).agrees
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles.
+def test_a_compiled_step_is_the_plain_step():
+    """With batch norm frozen; in train mode torch refuses, since fake quantizers split the graph around it."""
+    settings = {"freeze_batch_norm_after": 0, "freeze_ranges_after": 2}
+    plain, other = prepared("moving average", dropout=0.0), prepared("moving average", dropout=0.0)
+    losses, gradients = train(plain, plain, settings)
+    torch._dynamo.reset()
+    again, found = train(other, torch.compile(other, backend="aot_eager"), settings)
+    assert again == pytest.approx(losses, rel=1e-5)
+    assert all(torch.allclose(found[name], gradients[name], atol=1e-5) for name in gradients)
