@@ -19,9 +19,9 @@ from zeropoint.graph.inputs import inputs_for
 from zeropoint.graph.observers import has_observers
 from zeropoint.graph.source import module_path, operator_name, source_line
 from zeropoint.numerics.sqnr import sqnr_db
-from zeropoint.report.compared_sites import Seen, Site, SiteWatch, Sums, decibels, find_sites, groups_of, is_float
+from zeropoint.report.compared_sites import Seen, Site, SiteWatch, Sums, find_sites, groups_of, is_float
 from zeropoint.report.convergence import Convergence, RangeConvergence, range_convergence
-from zeropoint.report.cures import SMALLEST_GAIN_DB, Change, Cure, Patient, best_cure, mean_noise
+from zeropoint.report.cures import SMALLEST_GAIN_DB, Cure, Patient, find_cures, mean_db
 from zeropoint.report.lockstep import Lockstep
 from zeropoint.report.node_errors import ErrorSums, NodeErrors, parts_db
 from zeropoint.report.site_gains import NoiseAtOutput
@@ -130,17 +130,16 @@ class Comparing:
                 self.spread[site] = channel_spread(value, 0)
 
     def _cures(self, patient: Patient, measure: int) -> tuple[Cure, ...]:
-        """Returns what to do about the site that costs most, then about the next, each tried with those before it."""
+        """Returns what to do about the sites that cost most: at most so many, each of some weight."""
         noise = self._noise_of_groups()
-        change, before, cures = Change(), patient.noise(Change()) if measure > 0 else math.nan, list[Cure]()
-        for site in sorted(noise, key=lambda site: -noise[site]):
-            if len(cures) == measure or _gain(noise[site], sum(noise.values())) < SMALLEST_GAIN_DB:
+        order = sorted(noise, key=lambda site: -noise[site])[: max(measure, 0)]
+        rest, costly = sum(noise.values()), list[Site]()
+        for site in order:
+            if gain(noise[site], rest) < SMALLEST_GAIN_DB:
                 break
-            if (found := best_cure(patient, site, change, before)) is not None:
-                cure, change, before = found
-                cures.append(cure)
-            noise[site] = 0.0
-        return tuple(cures)
+            costly.append(site)
+            rest -= noise[site]
+        return find_cures(patient, costly) if costly else ()
 
     def _noise_of_groups(self) -> dict[Site, float]:
         """Returns the noise at the outputs of each group, under its first site."""
@@ -157,7 +156,7 @@ class Comparing:
         ranges = sorted(self._ranges(), key=lambda each: -each.moved_steps)
         convergence = Convergence(self.batches, tuple(ranges))
         return Comparison(
-            rows, nodes, outputs, decibels(1.0, mean_noise(self.outputs)), cures, convergence, self.batches,
+            rows, nodes, outputs, mean_db(self.outputs), cures, convergence, self.batches,
             tuple(self._notes()),
         )  # fmt: skip
 
@@ -170,7 +169,7 @@ class Comparing:
             site.name, site.kind, operator_name(place), module_path(place), source_line(place), _shape(site.source),
             tuple(scale.flatten().tolist()), tuple(int(each) for each in zero_point.flatten().tolist()), sums.sqnr_db,
             sums.own_sqnr_db, sums.cosine, sums.largest, sums.largest_steps, clipped, unused,
-            self.gains.noise[site] / total if total else 0.0, _gain(group, total),
+            self.gains.noise[site] / total if total else 0.0, gain(group, total),
             reason(site, sums, self.spread.get(site), clipped, unused),
         )  # fmt: skip
 
@@ -188,7 +187,7 @@ class Comparing:
             yield f"{inside} dequantize operators inside of control flow were not compared one by one"
 
 
-def _gain(part: float, total: float) -> float:
+def gain(part: float, total: float) -> float:
     """Returns the dB that a part of the noise is worth."""
     rest = 1 - part / total if total else 1.0
     return -10 * math.log10(max(rest, 1e-6))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Node, map_arg
 
 from zeropoint.graph.bind import reads
 from zeropoint.graph.constants import constant_nodes
@@ -245,28 +245,53 @@ def is_float(value: Any) -> bool:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Seen:
-    """An activation site in a batch: its float value, and in the quantized model before, in and after integers."""
+    """An activation site in a batch.
+
+    Args:
+        reference: its float value.
+        before, integers, after: what is quantized in the quantized model, as integers, and dequantized.
+        rounded: the float value quantized and dequantized; None where that was not asked for.
+    """
 
     reference: torch.Tensor
     before: torch.Tensor
     integers: torch.Tensor
     after: torch.Tensor
+    rounded: torch.Tensor | None = None
 
 
 class SiteWatch:
-    """Calls ``look(site, seen)`` for each activation site of a lock-step run, in the order of the graph."""
+    """Calls ``look(site, seen)`` for each activation site of a lock-step run, in the order of the graph.
 
-    def __init__(self, sites: Iterable[Site], look: Callable[[Site, Seen], None]) -> None:
+    Args:
+        sites: all sites of the model.
+        look: what to call.
+        rounds_floats: round the float values too.
+    """
+
+    def __init__(self, sites: Iterable[Site], look: Callable[[Site, Seen], None], rounds_floats: bool = False) -> None:
         activations = [site for site in sites if site.kind == "activation"]
-        self._look = look
+        self._look, self._rounds_floats = look, rounds_floats
         self._quantizes = {site.node: site for site in activations}
         self._dequantizes = {site.dequantizes[0]: site for site in activations}
-        self._before: dict[Site, torch.Tensor] = {}
+        self._before: dict[Site, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
+    @torch.no_grad()
     def __call__(self, node: Node, reference: Any, actual: Any, floats: Any, quantized: Any) -> None:
+        """Looks at a node: its float and its quantized value, and those of all that is read later."""
         if node in self._quantizes:
             site = self._quantizes[node]
-            self._before[site] = quantized[site.source]
+            rounded = _again(node, reference.detach(), quantized) if self._rounds_floats else None
+            self._before[site] = quantized[site.source], rounded
         elif node in self._dequantizes:
             site = self._dequantizes[node]
-            self._look(site, Seen(reference, self._before.pop(site), quantized[site.node], actual))
+            before, integers = self._before.pop(site)
+            rounded = None if integers is None else _again(node, integers, quantized)
+            self._look(site, Seen(reference, before, quantized[site.node], actual, rounded))
+
+
+def _again(node: Node, value: torch.Tensor, values: dict[Node, Any]) -> torch.Tensor:
+    """Returns what an operator gives for another first argument."""
+    args, kwargs = map_arg((node.args[1:], node.kwargs), lambda n: values[n])
+    assert callable(node.target)
+    return node.target(value, *args, **kwargs)

@@ -20,12 +20,14 @@ from zeropoint.graph.source import module_path, module_stack
 from zeropoint.numerics import ops
 from zeropoint.numerics.observers import PerChannelMinMaxObserver
 from zeropoint.numerics.qparams import choose_qparams
-from zeropoint.report.compared_sites import Site, Sums, chain_of, decibels, is_float
+from zeropoint.report.compared_sites import Site, Sums, chain_of, is_float
 from zeropoint.report.lockstep import Lockstep
 from zeropoint.report.speed import is_integer_layer, multiply_accumulates
 
 Kind = Literal["per_channel", "float"]
 PER_CHANNEL_EPS = 2**-20
+MOST_DB = 120.0
+"""An output that is exact counts as so many dB in the mean."""
 SMALLEST_GAIN_DB = 0.5
 """What gains less is no cure."""
 ABOUT_DB = 1.0
@@ -104,28 +106,21 @@ def _without(names: frozenset[str], before: Callable[[Node], bool] | None) -> Ca
     return lambda node: node.name not in names and (before is None or before(node))
 
 
-@dataclass(eq=False, slots=True)
-class Change:
-    """What cures change in a model: which sites are not rounded, which constants are others."""
-
-    floats: frozenset[Node] = frozenset()
-    """The nodes that stay float."""
-    constants: dict[Node, torch.Tensor] = field(default_factory=dict[Node, torch.Tensor])
-    """Other values of dequantize nodes."""
-
-    def joined(self, other: Change) -> Change:
-        """Returns both."""
-        return Change(self.floats | other.floats, self.constants | other.constants)
-
-
-@dataclass(eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Proposal:
-    """A cure that is not measured yet."""
+    """A cure that is not tried yet.
+
+    Args:
+        kind, modules, nodes: as in ``Cure``.
+        floats: the nodes that stay float.
+        constants: other values of dequantize nodes.
+    """
 
     kind: Kind
     modules: tuple[str, ...]
     nodes: tuple[str, ...]
-    change: Change
+    floats: frozenset[Node] = frozenset()
+    constants: dict[Node, torch.Tensor] = field(default_factory=dict[Node, torch.Tensor])
 
 
 class Patient:
@@ -153,9 +148,9 @@ class Patient:
         self._chains = _chains(sites)
 
     @torch.no_grad()
-    def noise(self, change: Change) -> float:
-        """Returns the noise on the outputs of the changed model, relative to their power, the mean over them."""
-        other = self._other_values(change)
+    def sqnr_db(self, proposals: Sequence[Proposal]) -> float:
+        """Returns the SQNR of the outputs of the changed model in dB."""
+        other = self._other_values(proposals)
         sums: list[Sums] = []
         self.run.restart()
         for inputs, expected in self.batches:
@@ -164,16 +159,17 @@ class Patient:
             for each, wanted, actual in zip(sums, expected, found, strict=True):
                 if is_float(wanted):
                     each.add(wanted, actual)
-        return mean_noise(sums)
+        return mean_db(sums)
 
-    def _other_values(self, change: Change) -> Callable[[Node, dict[Node, Any]], Any]:
-        gone = set(self.left_float(change.floats))
+    def _other_values(self, proposals: Sequence[Proposal]) -> Callable[[Node, dict[Node, Any]], Any]:
+        floats = frozenset(node for each in proposals for node in each.floats)
+        gone = [site for site in self.sites if site.annotators and site.annotators <= floats]
         skipped = {site.node for site in gone if site.kind == "activation"}
         weights = {
             each: self.run.float_weight(site) for site in gone if site.kind == "weight" for each in site.dequantizes
         }
         skipped |= {each for site in gone if site.kind == "activation" for each in site.dequantizes}
-        constants = change.constants | weights
+        constants = {node: value for each in proposals for node, value in each.constants.items()} | weights
 
         def other(node: Node, values: dict[Node, Any]) -> Any:
             if node in constants:
@@ -181,10 +177,6 @@ class Patient:
             return values[node.args[0]] if node in skipped else None  # type: ignore[index]
 
         return other
-
-    def left_float(self, floats: frozenset[Node]) -> Iterator[Site]:
-        """Yields the sites that nothing asks for any more when these nodes stay float."""
-        return (site for site in self.sites if site.annotators and site.annotators <= floats)
 
     def lost(self, floats: frozenset[Node]) -> int:
         """Returns the integer multiply-accumulates of nodes."""
@@ -212,7 +204,7 @@ class Patient:
                 value = _in_channels(each, self.run.float_weight(each))
                 constants |= dict.fromkeys(each.dequantizes, value)
         if site.dequantizes[0] in constants:
-            yield Proposal("per_channel", modules, (), Change(constants=constants))
+            yield Proposal("per_channel", modules, (), constants=constants)
 
     def _left_out(self, site: Site) -> Iterator[Proposal]:
         asking = frozenset(node for each in self.groups[site] for node in each.annotators)
@@ -228,12 +220,12 @@ class Patient:
                 modules.append(module)
                 left -= inside
                 floats |= inside
-        yield Proposal("float", tuple(modules), tuple(sorted(n.name for n in left)), Change(frozenset(floats)))
+        yield Proposal("float", tuple(modules), tuple(sorted(n.name for n in left)), frozenset(floats))
 
 
-def mean_noise(sums: Iterable[Sums]) -> float:
-    """Returns the mean of the noise of outputs relative to their power; outputs of zeros alone are left out."""
-    found = [each.error / each.signal for each in sums if each.signal]
+def mean_db(sums: Iterable[Sums]) -> float:
+    """Returns the mean SQNR of float outputs in dB, each of 120 at most; NaN where there is none."""
+    found = [min(each.sqnr_db, MOST_DB) for each in sums if each.signal]
     return sum(found) / len(found) if found else math.nan
 
 
@@ -276,21 +268,33 @@ def _in_channels(site: Site, weight: torch.Tensor) -> torch.Tensor:
     return (weight / scale).round().clamp(low, high) * scale
 
 
-def best_cure(patient: Patient, site: Site, change: Change, before: float) -> tuple[Cure, Change, float] | None:
-    """Returns the cheapest cure of a site that gains about what the best one does, what it changes, the noise left.
+def find_cures(patient: Patient, sites: Iterable[Site]) -> tuple[Cure, ...]:
+    """Returns what to do about sites, the first one first.
 
-    Args:
-        change: what the cures before it change.
-        before: the noise on the outputs with those.
+    For each site the cheapest rule is taken of those that come within 1 dB of the best, with what is taken for those
+    before it: where several sites ruin the output, the cure of one alone gains nothing. Then those that are not needed
+    are dropped.
     """
-    tried = [(each, patient.noise(change.joined(each.change))) for each in patient.proposals(site)]
-    least = min((noise for _, noise in tried), default=math.inf)
-    for proposal, noise in sorted(tried, key=lambda pair: patient.lost(pair[0].change.floats)):
-        gain = decibels(before, noise)
-        if gain < SMALLEST_GAIN_DB or decibels(noise, least) > ABOUT_DB:
-            continue
-        together = change.joined(proposal.change)
-        lost, share = patient.lost(proposal.change.floats - change.floats), patient.integer_share(together.floats)
-        cure = Cure(proposal.kind, proposal.modules, proposal.nodes, decibels(1.0, noise), gain, lost, share)
-        return cure, together, noise
-    return None
+    taken: list[Proposal] = []
+    for site in sites:
+        tried = [(each, patient.sqnr_db([*taken, each])) for each in patient.proposals(site)]
+        best = max((found for _, found in tried), default=-math.inf)
+        close = [each for each, found in tried if found >= best - ABOUT_DB]
+        taken += close[:1]
+    reached = patient.sqnr_db(taken)
+    for each in reversed(taken):
+        others = [other for other in taken if other is not each]
+        without = patient.sqnr_db(others)
+        if without >= reached - SMALLEST_GAIN_DB:
+            taken, reached = others, without
+    return tuple(_as_cures(patient, taken))
+
+
+def _as_cures(patient: Patient, taken: Sequence[Proposal]) -> Iterator[Cure]:
+    before, floats = patient.sqnr_db([]), frozenset[Node]()
+    for index, each in enumerate(taken):
+        found = patient.sqnr_db(taken[: index + 1])
+        lost = patient.lost(each.floats - floats)
+        floats |= each.floats
+        yield Cure(each.kind, each.modules, each.nodes, found, found - before, lost, patient.integer_share(floats))
+        before = found

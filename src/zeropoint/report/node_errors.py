@@ -32,11 +32,11 @@ class ErrorSums:
 class NodeErrors:
     """Computes each quantized operator anew on mixed inputs, and sums up how far that is from its float output.
 
-    With the float inputs ``x``, the float constants ``w``, those constants quantized ``w'``, the values ``x'`` that
-    arrive in the quantized model before the operator's own inputs are rounded, and that rounding error ``r``:
+    With the float inputs ``x`` and constants ``w``, ``Q`` for quantize and dequantize, and the values ``x'`` that
+    arrive in the quantized model before the operator's own inputs are rounded:
 
-    * weight: ``f(x, w') - f(x, w)``
-    * activation: ``f(x + r, w) - f(x, w)``
+    * weight: ``f(x, Q(w)) - f(x, w)``
+    * activation: ``f(Q(x), w) - f(x, w)``
     * carried from upstream: ``f(x', w) - f(x, w)``
     """
 
@@ -44,15 +44,18 @@ class NodeErrors:
         self.run = run
         self.sums: dict[Node, ErrorSums] = {}
         self._behind = {each: site for site in sites for each in site.dequantizes if site.kind == "activation"}
-        self._rounding: dict[Site, torch.Tensor] = {}
+        self._rounded: dict[Site, torch.Tensor] = {}
+        self._before: dict[Site, torch.Tensor] = {}
 
     def see_site(self, site: Site, seen: Seen) -> None:
-        """Keeps what rounding did at a site until the batch ends."""
-        self._rounding[site] = difference(seen.after, seen.before)
+        """Keeps what operators that read a site are computed on, until the batch ends."""
+        assert seen.rounded is not None
+        self._rounded[site], self._before[site] = seen.rounded, seen.before
 
     def forget(self) -> None:
         """Ends a batch."""
-        self._rounding.clear()
+        self._rounded.clear()
+        self._before.clear()
 
     @torch.no_grad()
     def see_node(
@@ -67,7 +70,7 @@ class NodeErrors:
         expected = _rows(reference.detach(), part)
         sums.signal += power(expected)
         sums.weight += self._off(node, expected, part, floats, lambda n: self._constant(n, floats, quantized))
-        sums.activation += self._off(node, expected, part, floats, lambda n: self._rounded(n, floats))
+        sums.activation += self._off(node, expected, part, floats, self._own_rounding)
         sums.carried += self._off(node, expected, part, floats, lambda n: self._arriving(n, floats, quantized))
 
     def _is_quantized(self, node: Node) -> bool:
@@ -90,15 +93,15 @@ class NodeErrors:
         is_bias = node.op == "get_attr" and floats[node] is not quantized[node] and node in self.run.constants
         return quantized[node] if is_bias or node in self.run.known else None
 
-    def _rounded(self, node: Node, floats: dict[Node, Any]) -> Any:
+    def _own_rounding(self, node: Node) -> Any:
         site = self._behind.get(node)
-        return None if site is None else floats[node] + self._rounding[site]
+        return None if site is None else self._rounded[site]
 
     def _arriving(self, node: Node, floats: dict[Node, Any], quantized: dict[Node, Any]) -> Any:
         if node.op == "get_attr" or node in self.run.known or not is_float(floats[node]):
             return None
         site = self._behind.get(node)
-        return quantized[node] if site is None else quantized[node] - self._rounding[site]
+        return quantized[node] if site is None else self._before[site]
 
 
 def _is_pure(node: Node) -> bool:

@@ -16,7 +16,8 @@ from zeropoint.report.lockstep import Lockstep, Look
 class NoiseAtOutput:
     """Predicts how much noise each site puts on the outputs, its power relative to the outputs'.
 
-    The error ``e`` of a site reaches the outputs as ``J e``, to first order. Its rounding errors are taken as
+    The error ``e`` that rounding its float value makes at a site reaches the outputs as ``J e``, to first order. Such
+    errors are taken as
     uncorrelated, so the power of ``J e`` is the expectation of ``sum((v J)^2 e^2)`` over vectors ``v`` of random signs
     (Hutchinson's estimator); one such vector for each batch. Of a weight, the gradient is that of the whole batch.
     """
@@ -37,10 +38,10 @@ class NoiseAtOutput:
 
         def see(site: Site, seen: Seen) -> None:
             look(site, seen)
-            if is_float(seen.reference) and seen.reference.requires_grad:
-                values[site], errors[site] = seen.reference, difference(seen.after, seen.before)
+            if seen.rounded is not None and seen.reference.requires_grad:
+                values[site], errors[site] = seen.reference, difference(seen.rounded, seen.reference)
 
-        watch = SiteWatch(self.sites, see)
+        watch = SiteWatch(self.sites, see, rounds_floats=True)
 
         def see_node(node: Node, *values: Any) -> None:
             watch(node, *values)

@@ -72,7 +72,7 @@ class NodeRow:
         node, operator, module, source: as in ``SiteRow``.
         sqnr_db: SQNR in dB of what it returns in the quantized model against the float one.
         weight_sqnr_db: the same of it in float, but for its constants: with float inputs and quantized constants.
-        activation_sqnr_db: with float constants, and float inputs to which the error is added that rounding them makes.
+        activation_sqnr_db: with float constants, and float inputs that are rounded.
         carried_sqnr_db: with float constants, and the inputs of the quantized model before they are rounded.
     """
 
@@ -102,7 +102,7 @@ class Comparison:
         sites: one row for each tensor that is quantized, that which costs most first.
         nodes: one row for each operator that reads integers, in the order of the graph.
         outputs_sqnr_db: SQNR in dB of each float output against the float model, NaN for others.
-        sqnr_db: of all float outputs: the mean of their noise relative to their power, in dB.
+        sqnr_db: the mean of those, each counted as 120 dB at most.
         cures: what to do, one after the other; each was tried on the converted model, with those before it.
         convergence: were there enough samples?
         batches: how many batches were compared.
