@@ -21,7 +21,7 @@ from zeropoint.graph.source import module_path, operator_name, source_line
 from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.report.compared_sites import Seen, Site, SiteWatch, Sums, find_sites, groups_of, is_float
 from zeropoint.report.convergence import Convergence, RangeConvergence, range_convergence
-from zeropoint.report.cures import SMALLEST_GAIN_DB, Cure, Patient, find_cures, mean_db
+from zeropoint.report.cures import SMALLEST_GAIN_DB, Cures, Patient, find_cures, mean_db
 from zeropoint.report.lockstep import Lockstep
 from zeropoint.report.node_errors import ErrorSums, NodeErrors, parts_db
 from zeropoint.report.site_gains import NoiseAtOutput
@@ -76,8 +76,8 @@ class Comparing:
         self.run = Lockstep(self.quantized, float_constants(self.quantized, folded(captured)))
         self.grids = {site: grid_of(site, self.run) for site in self.sites}
         self.scales = {site: spread_scale(site, grid[0]) for site, grid in self.grids.items() if grid[0].numel()}
-        self.gains = NoiseAtOutput(self.run, self.sites)
         self.nodes = NodeErrors(self.run, self.sites)
+        self.gains = NoiseAtOutput(self.run, self.sites, self.nodes)
         with torch.no_grad():
             expected = pytree.tree_leaves(folded(captured)(*pytree.tree_map(_copied, inputs)))
             found = pytree.tree_leaves(self.run.run(inputs, _ignore)[0])
@@ -86,8 +86,7 @@ class Comparing:
 
     def _see_batch(self, index: int, inputs: tuple[Any, ...]) -> None:
         if index % STUDIED == 0:
-            outputs, actual = self.gains.study(inputs, self._study_site, self.nodes.see_node)
-            self.nodes.forget()
+            outputs, actual = self.gains.study(inputs, self._study_site)
         else:
             with torch.no_grad():
                 outputs, actual = self.run.run(inputs, SiteWatch(self.sites, self._see_site))
@@ -108,7 +107,6 @@ class Comparing:
             self.kept[place] = batch
 
     def _study_site(self, site: Site, seen: Seen) -> None:
-        self.nodes.see_site(site, seen)
         self._see_site(site, seen)
         self.spread[site] = channel_spread(seen.reference.detach(), 1 if seen.reference.dim() > 2 else -1)
 
@@ -129,7 +127,7 @@ class Comparing:
                 self.sums[site].add_codes(evaluate(self.quantized, site.node), *site.limits)
                 self.spread[site] = channel_spread(value, 0)
 
-    def _cures(self, patient: Patient, measure: int) -> tuple[Cure, ...]:
+    def _cures(self, patient: Patient, measure: int) -> Cures:
         """Returns what to do about the sites that cost most: at most so many, each of some weight."""
         noise = self._noise_of_groups()
         order = sorted(noise, key=lambda site: -noise[site])[: max(measure, 0)]
@@ -139,14 +137,14 @@ class Comparing:
                 break
             costly.append(site)
             rest -= noise[site]
-        return find_cures(patient, costly) if costly else ()
+        return find_cures(patient, costly) if costly else Cures((), math.nan, math.nan)
 
     def _noise_of_groups(self) -> dict[Site, float]:
         """Returns the noise at the outputs of each group, under its first site."""
         firsts = dict.fromkeys(self.groups[site][0] for site in self.sites)
         return {first: sum(self.gains.noise[each] for each in self.groups[first]) for first in firsts}
 
-    def _comparison(self, cures: tuple[Cure, ...]) -> Comparison:
+    def _comparison(self, found: Cures) -> Comparison:
         groups = self._noise_of_groups()
         total = sum(groups.values())
         order = sorted(self.sites, key=lambda s: (-groups[self.groups[s][0]], -self.gains.noise[s]))
@@ -156,8 +154,8 @@ class Comparing:
         ranges = sorted(self._ranges(), key=lambda each: -each.moved_steps)
         convergence = Convergence(self.batches, tuple(ranges))
         return Comparison(
-            rows, nodes, outputs, mean_db(self.outputs), cures, convergence, self.batches,
-            tuple(self._notes()),
+            rows, nodes, outputs, mean_db(self.outputs), found.cures, found.after_db - found.before_db, convergence,
+            self.batches, tuple(self._notes()),
         )  # fmt: skip
 
     def _row(self, site: Site, group: float, total: float) -> SiteRow:

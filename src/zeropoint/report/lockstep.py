@@ -16,6 +16,10 @@ from zeropoint.graph.constants import constant_nodes, evaluate, mutated_attribut
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.report.twin import chooses_qparams, is_dequantize, is_quantize
 
+aten = torch.ops.aten
+
+IN_PLACE: dict[Any, Any] = {aten.relu_.default: aten.relu.default, aten.hardtanh_.default: aten.hardtanh.default}
+"""Activations that write to their input, which would take the gradient there away."""
 Look = Callable[[Node, Any, Any, dict[Node, Any], dict[Node, Any]], None]
 """Called with a node, its float value, its quantized value, and the values of what it reads in either."""
 
@@ -119,7 +123,7 @@ class Lockstep:
             return None
         if node.target is operator.getitem and values[node.args[0]] is None:  # type: ignore[index]
             return None
-        return _computed(self.model, node, values)
+        return _computed(self.model, node, values, IN_PLACE.get(node.target, node.target))
 
     def _fixed_values(self) -> dict[Node, torch.Tensor]:
         """Returns the constants that are stored as integers, dequantized: once, not for each batch."""
@@ -149,14 +153,13 @@ def attribute(model: GraphModule, path: str) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
-def _computed(model: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
+def _computed(model: GraphModule, node: Node, values: dict[Node, Any], target: Any = None) -> Any:
     if node.op == "output":
         return map_arg(node.args[0], lambda n: values[n])
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
     if node.op == "call_module":
         return model.get_submodule(str(node.target))(*args, **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
+    return (node.target if target is None else target)(*args, **kwargs)  # type: ignore[operator]
 
 
 def _input(value: Any, with_gradient: bool) -> Any:
