@@ -41,7 +41,7 @@ class NoiseAtOutput:
             if seen.rounded is not None and seen.reference.requires_grad:
                 values[site], errors[site] = seen.reference, difference(seen.rounded, seen.reference)
 
-        watch = SiteWatch(self.sites, see, rounds_floats=True)
+        watch = SiteWatch(self.sites, see, self.run.again)
 
         def see_node(node: Node, reference: Any, *others: Any) -> None:
             watch(node, reference, *others)
