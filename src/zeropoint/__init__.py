@@ -21,12 +21,15 @@ from zeropoint.graph.bind import Site
 from zeropoint.graph.capture import capture
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
 from zeropoint.report.check_convert import ConvertCheck, check_convert
+from zeropoint.report.compare import compare
 from zeropoint.report.operator_table import summary
+from zeropoint.report.site_table import Comparison
 from zeropoint.workflow import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "ComposableQuantizer",
     "ConvertCheck",
     "Decision",
@@ -49,6 +52,7 @@ __all__ = [
     "ZeropointError",
     "capture",
     "check_convert",
+    "compare",
     "convert_pt2e",
     "for_torchao",
     "prepare_pt2e",

@@ -37,8 +37,8 @@ def work_of(converted: GraphModule) -> Work:
     for node in converted.graph.nodes:
         if node.target not in LAYERS:
             continue
-        amount = _multiply_accumulates(node)
-        is_integer = _is_integer(node)
+        amount = multiply_accumulates(node)
+        is_integer = is_integer_layer(node)
         integer += amount if is_integer else 0
         floating += 0 if is_integer else amount
         depthwise += is_integer and node.target in CONVOLUTIONS and _is_depthwise(node)
@@ -46,7 +46,7 @@ def work_of(converted: GraphModule) -> Work:
     return Work(integer, floating, depthwise, conversions)
 
 
-def _is_integer(layer: Node) -> bool:
+def is_integer_layer(layer: Node) -> bool:
     """True where the input is quantized as well as the weight; with the weight alone, a layer is computed in float."""
     x, weight = argument(layer, "input"), argument(layer, "weight")
     if x.target in PADS and len(x.users) == 1:
@@ -54,7 +54,8 @@ def _is_integer(layer: Node) -> bool:
     return x.target in ops.DEQUANTIZE_OPS and weight.target in ops.DEQUANTIZE_OPS
 
 
-def _multiply_accumulates(node: Node) -> int:
+def multiply_accumulates(node: Node) -> int:
+    """Returns those of a layer for the example inputs; free sizes count as 1."""
     weight, output = argument(node, "weight").meta["val"], node.meta["val"]
     if node.target in TRANSPOSED:
         return _size(argument(node, "input").meta["val"]) * math.prod(weight.shape[1:])
