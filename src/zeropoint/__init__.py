@@ -21,6 +21,8 @@ from zeropoint.graph.bind import Site
 from zeropoint.graph.capture import capture
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
 from zeropoint.report.check_convert import ConvertCheck, check_convert
+from zeropoint.report.explain import explain
+from zeropoint.report.explanation import Explanation
 from zeropoint.report.operator_table import summary
 from zeropoint.workflow import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
@@ -33,6 +35,7 @@ __all__ = [
     "DerivedQuantizationSpec",
     "EdgeOrNode",
     "EmbeddingQuantizer",
+    "Explanation",
     "FixedQParamsQuantizationSpec",
     "OperatorConfig",
     "Plan",
@@ -50,6 +53,7 @@ __all__ = [
     "capture",
     "check_convert",
     "convert_pt2e",
+    "explain",
     "for_torchao",
     "prepare_pt2e",
     "prepare_qat_pt2e",

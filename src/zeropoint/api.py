@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -28,6 +27,7 @@ from zeropoint.core.files import write_atomically
 from zeropoint.graph.attributes import get_attribute, set_parameter
 from zeropoint.graph.capture import capture
 from zeropoint.graph.constants import mutated_attributes
+from zeropoint.graph.copies import copied_graph
 from zeropoint.graph.observers import has_observers
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
 from zeropoint.numerics.sqnr import sqnr_db
@@ -182,7 +182,7 @@ def quantize(
     with stages.stage("export"):
         captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
         require_unprepared(captured, "quantize")
-        float_model = _copy(captured)
+        float_model = copied_graph(captured)
     with stages.stage("read data"):
         data = _data(calibration_data, example_inputs, float_model)
         is_calibrated = calibration_data is not None
@@ -245,7 +245,7 @@ def _restart(model: GraphModule, beginning: GraphModule) -> None:
 
 def _float_sqnr(float_model: GraphModule, converted: GraphModule, batches: Sequence[tuple[Any, ...]]) -> float:
     """Returns the lowest SQNR of the converted model against the float one, both run on copies of their buffers."""
-    models = _copy(float_model), _copy(converted)
+    models = copied_graph(float_model), copied_graph(converted)
     return min(_compare(*models, inputs) for inputs in batches)
 
 
@@ -261,7 +261,7 @@ def _improve(
 ) -> tuple[GraphModule, list[Pair]]:
     """Returns a copy of the model to be quantized, and the pairs of layers that were equalized in it."""
     with stages.stage("canonicalize"):
-        working = _copy(float_model)
+        working = copied_graph(float_model)
         canonicalize(working)
         fold_batch_norm(working)
     pairs: list[Pair] = []
@@ -320,14 +320,6 @@ def _check_backend(backend: str) -> None:
 
 def _default_quantizer() -> Quantizer:
     return xnnpack.XNNPACKQuantizer().set_global(xnnpack.get_default_quantization_config())
-
-
-def _copy(model: GraphModule) -> GraphModule:
-    """Returns the model with a graph of its own, and buffers of its own where it writes to them; others are shared."""
-    copied = GraphModule(model, copy.deepcopy(model.graph))
-    for path in mutated_attributes(copied.graph):
-        set_parameter(copied, path, get_attribute(copied, path).detach().clone())
-    return copied
 
 
 def _require_quantized(prepared: GraphModule) -> None:
