@@ -37,7 +37,7 @@ from zeropoint.report.accuracy import AccuracyWork, accuracy_line
 from zeropoint.report.coverage import CoverageRow, quantized_count
 from zeropoint.report.record import Record, record_of, refresh_biases, require_unprepared
 from zeropoint.report.speed import speed_note, work_of
-from zeropoint.report.stages import Stages
+from zeropoint.report.stages import Progress, Stages
 from zeropoint.report.summary import bias_lines, coverage_lines, decibels, size_line
 from zeropoint.report.tensors import float_weight_lines, quantized_tensors
 from zeropoint.runtime.verify import Verification
@@ -141,7 +141,7 @@ def quantize(
     dynamic_shapes: Any = None,
     accuracy: Sequence[Literal["equalize", "correct_biases"]] = ACCURACY,
     verify: bool = True,
-    progress: bool | None = None,
+    progress: bool | Progress | None = None,
 ) -> QuantizedModel:
     """Returns the model quantized to int8, as a converted graph and as a file that was run and compared.
 
@@ -159,7 +159,8 @@ def quantize(
             to buffers. The first leaves what the float model computes as it is; the second changes the biases of the
             quantized model only.
         verify: run the file in a child process and compare it with the converted model, on the first two batches.
-        progress: write progress to standard error; by default when that is a terminal.
+        progress: write progress to standard error; by default when that is a terminal. Or a function that is told the
+            stage, how many of its items are done, and their number or None.
 
     Raises:
         SpecError: a choice that does not exist, or ``dynamic_shapes`` of a model that is exported already.
@@ -176,7 +177,7 @@ def quantize(
     _check_backend(backend)
     _check_accuracy(accuracy)
     require_bool("verify", verify, "quantize")
-    if progress is not None:
+    if progress is not None and not callable(progress):
         require_bool("progress", progress, "quantize")
     stages = Stages(progress)
     with stages.stage("export"):
