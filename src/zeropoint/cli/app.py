@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from zeropoint.cli.commands.backends import backends
+from zeropoint.cli.commands.check import check
 from zeropoint.cli.commands.config import config
 from zeropoint.cli.commands.doctor import doctor
 from zeropoint.cli.commands.explain import explain
 from zeropoint.cli.commands.quantize import quantize
 from zeropoint.cli.exits import guarded
 
-COMMANDS: list[Callable[..., None]] = [quantize, explain, backends, doctor, config]
+COMMANDS: list[Callable[..., None]] = [quantize, explain, check, backends, doctor, config]
 
 app = typer.Typer(
     name="zeropoint",

@@ -17,6 +17,8 @@ from zeropoint.cli.quantizers import quantizer_of
 from zeropoint.cli.schema import read_toml, value_of
 from zeropoint.cli.settings import RuleSettings, Settings
 from zeropoint.graph.capture import capture
+from zeropoint.graph.inputs import inputs_for
+from zeropoint.numerics import ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,12 @@ class Job:
         """A new quantizer of the settings."""
         return quantizer_of(self.settings)
 
+    @property
+    def quantization(self) -> tuple[Quantizer | None]:
+        """What ``check_backend`` takes after the model: the quantizer, unless the model is converted already."""
+        is_converted = any(node.target in ops.DEQUANTIZE_OPS for node in self.graph.graph.nodes)
+        return (None if is_converted else self.quantizer,)
+
 
 def load_job(model_name: str, data_name: str | None, settings: Settings) -> Job:
     """Returns the model, exported, with its data.
@@ -60,6 +68,8 @@ def load_job(model_name: str, data_name: str | None, settings: Settings) -> Job:
     if data is None and data_name is not None:
         names = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
         data = load_data(data_name, inputs, names, settings.data)
+    if data is not None:
+        inputs_for(graph, next(iter(data.calibration)), f"the first batch of {data.name}")
     return Job(model, graph, inputs, data, settings)
 
 
