@@ -61,27 +61,31 @@ def check_backend(
     if graph is not None and is_converted:
         return examine(graph, ranges_are_known=True)
     if graph is not None and is_prepared:
-        return _examine_prepared(copy.deepcopy(graph))
+        return _examine_prepared(graph)
     if graph is None and example_inputs is None and not isinstance(model, ExportedProgram):
         remedy = "Give example_inputs=(x,), a tuple of positional inputs, or an exported program."
         raise CaptureError(f"{type(model).__name__} is not exported", where=WHERE, remedy=remedy)
     captured = capture(model, example_inputs if example_inputs is not None else ())
     assert quantizer is not None
-    return _examine_prepared(prepare_pt2e(copied_graph(captured), quantizer))
+    return _examine_uncalibrated(prepare_pt2e(copied_graph(captured), quantizer))
 
 
 def _examine_prepared(prepared: GraphModule) -> BackendCheck:
-    """Converts a model that may be changed, with made-up ranges where it is not calibrated."""
     try:
         return examine(convert_pt2e(copy.deepcopy(prepared)), ranges_are_known=True)
     except CalibrationError:
-        with torch.no_grad():
-            _make_up_ranges(prepared)
-        return examine(convert_pt2e(prepared), ranges_are_known=False)
+        return _examine_uncalibrated(copy.deepcopy(prepared))
+
+
+def _examine_uncalibrated(prepared: GraphModule) -> BackendCheck:
+    """Converts a model, which may be changed, with made-up ranges."""
+    with torch.no_grad():
+        _make_up_ranges(prepared)
+    return examine(convert_pt2e(prepared), ranges_are_known=False)
 
 
 def _make_up_ranges(model: GraphModule) -> None:
-    """Lets each observer see its constant, or numbers from -1 to 1 in the shape of its tensor."""
+    """Lets each observer see its constant, or the range from -1 to 1 in the shape of its tensor."""
     for _, body in bodies(model):
         _make_up_ranges(body)
     constants = constant_nodes(model)
@@ -96,5 +100,6 @@ def _value(model: GraphModule, read: Any, constants: set[Node]) -> torch.Tensor:
         return get_attribute(model, str(read.target))
     value = read.meta["val"]
     shape = [size if isinstance(size, int) else 2 for size in value.shape]
-    generator = torch.Generator().manual_seed(0)
-    return (torch.rand(shape, generator=generator) * 2 - 1).to(value.dtype)
+    made_up = torch.zeros(shape, dtype=value.dtype)
+    made_up.view(-1)[:1], made_up.view(-1)[-1:] = -1, 1
+    return made_up

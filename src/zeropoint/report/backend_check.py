@@ -133,10 +133,10 @@ class BackendCheck:
     def __str__(self) -> str:
         floats = sum(len(island.nodes) for island in self.islands)
         unknown = [] if self.ranges_are_known else ["note      not calibrated: what depends on ranges is not checked"]
+        counts = f"{self.integer} operators in integers, {floats} in float next to them"
         return "\n".join(
             [
-                f"{self.backend}   {self.integer} operators in integers, {floats} in float next to them; "
-                f"{self.conversions} quantize operators at run time",
+                f"{self.backend}   {counts}; {self.conversions} quantize operators at run time",
                 *(f"refused   {line}" for line in _some(map(str, self.refused))),
                 *(f"unfolded  {line}" for line in _some(_alike(self.unfolded, lambda f: (f.operator, f.what)))),
                 *(f"island    {line}" for line in _some(_alike(self.islands, lambda i: (*i.operators, i.dequantized)))),

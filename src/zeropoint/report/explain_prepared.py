@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from zeropoint.annotate.annotation import Q_ANNOTATION_KEY, is_valid_annotation
 from zeropoint.annotate.plan import DECISION_KEY
 from zeropoint.graph.bind import Site, reads
 from zeropoint.graph.graph_pass import bodies
@@ -105,7 +106,7 @@ def explain_prepared(model: GraphModule, sites: PreparedSites) -> tuple[Explaine
         output = sites.output(node)
         row = rows.get((node.name, operator_name(node), module_path(node)))
         if row is None:
-            row = _row(node, is_quantized=any(tensor.spec for tensor in (*inputs, output)))
+            row = _row(node, is_quantized=is_valid_annotation(node.meta.get(Q_ANNOTATION_KEY)))
         others = [other.name for other in getattr(node.meta.get(DECISION_KEY), "nodes", ()) if other.name != node.name]
         inputs = [tensor for tensor in inputs if tensor.dtype]
         nodes.append(explained_node(node, row, inputs, output, tuple(others)))
