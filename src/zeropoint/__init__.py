@@ -7,6 +7,7 @@ from zeropoint.annotate.for_torchao import for_torchao
 from zeropoint.annotate.plan import Decision, Plan
 from zeropoint.annotate.quantizer import ComposableQuantizer, Quantizer
 from zeropoint.api import QuantizedModel, quantize
+from zeropoint.check_backend import check_backend
 from zeropoint.core.configs import OperatorConfig, QuantizationConfig
 from zeropoint.core.errors import ZeropointError
 from zeropoint.core.specs import (
@@ -20,8 +21,11 @@ from zeropoint.core.specs import (
 from zeropoint.graph.bind import Site
 from zeropoint.graph.capture import capture
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
+from zeropoint.report.backend_check import BackendCheck
 from zeropoint.report.check_convert import ConvertCheck, check_convert
 from zeropoint.report.compare import compare
+from zeropoint.report.explain import explain
+from zeropoint.report.explanation import Explanation
 from zeropoint.report.operator_table import summary
 from zeropoint.report.site_table import Comparison
 from zeropoint.workflow import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
@@ -29,6 +33,7 @@ from zeropoint.workflow import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackendCheck",
     "Comparison",
     "ComposableQuantizer",
     "ConvertCheck",
@@ -36,6 +41,7 @@ __all__ = [
     "DerivedQuantizationSpec",
     "EdgeOrNode",
     "EmbeddingQuantizer",
+    "Explanation",
     "FixedQParamsQuantizationSpec",
     "OperatorConfig",
     "Plan",
@@ -51,9 +57,11 @@ __all__ = [
     "Site",
     "ZeropointError",
     "capture",
+    "check_backend",
     "check_convert",
     "compare",
     "convert_pt2e",
+    "explain",
     "for_torchao",
     "prepare_pt2e",
     "prepare_qat_pt2e",

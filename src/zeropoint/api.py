@@ -35,7 +35,7 @@ from zeropoint.passes.fold_batch_norm import fold_batch_norm
 from zeropoint.report.accuracy import AccuracyWork
 from zeropoint.report.coverage import quantized_count
 from zeropoint.report.record import record_of, refresh_biases, require_unprepared
-from zeropoint.report.stages import Stages
+from zeropoint.report.stages import Progress, Stages
 from zeropoint.result import QuantizedModel
 from zeropoint.runtime.verify import verify as verify_file
 from zeropoint.training import Evaluate, Train, check_functions, prepare_training, train_from
@@ -58,7 +58,7 @@ def quantize(
     dynamic_shapes: Any = None,
     accuracy: Sequence[Literal["equalize", "correct_biases"]] = ACCURACY,
     verify: bool = True,
-    progress: bool | None = None,
+    progress: bool | Progress | None = None,
     train: Train | None = None,
     evaluate: Evaluate | None = None,
 ) -> QuantizedModel:
@@ -79,7 +79,8 @@ def quantize(
             to buffers. The first leaves what the float model computes as it is; the second changes the biases of the
             quantized model only.
         verify: run the file in a child process and compare it with the converted model, on the first two batches.
-        progress: write progress to standard error; by default when that is a terminal.
+        progress: write progress to standard error; by default when that is a terminal. Or a function that is told the
+            stage, how many of its items are done, and their number or None.
         train: trains the model it is called with, in place, by a loop of your own: a copy of yours with fake
             quantizers (``prepare_qat_pt2e``), whose ranges cover the calibration data, in train mode. It returns None,
             or the model to take, which may be a copy or wrapped. What it became is converted, and checked site by site
@@ -108,7 +109,7 @@ def quantize(
     _check_accuracy(accuracy)
     check_functions(train, evaluate)
     require_bool("verify", verify, "quantize")
-    if progress is not None:
+    if progress is not None and not callable(progress):
         require_bool("progress", progress, "quantize")
     stages = Stages(progress)
     with stages.stage("export"):

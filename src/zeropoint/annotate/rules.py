@@ -43,13 +43,13 @@ class Rules:
         return (self.everything, NOT_SELECTED) if rule is None else (rule[1], f"{rule[0]}, None) leaves it out")
 
     def _winner(self, node: Node) -> tuple[str, Choice] | None:
-        return next(self._on(module_stack(node), targets_of(node)), None)
+        return next(self.selecting(module_stack(node), targets_of(node)), None)
 
-    def _on(self, stack: Stack, targets: tuple[Any, ...]) -> Iterator[tuple[str, Choice]]:
+    def selecting(self, stack: Stack, targets: tuple[Any, ...]) -> Iterator[tuple[str, Choice]]:
         """Yields the rules that select a node, the one that wins first: the beginning of its call, and its choice."""
-        for path in _paths(stack):
+        for path in paths_of(stack):
             for pattern, config in reversed(self.by_module_name.items()):
-                if _matches(path, pattern):
+                if matches(path, pattern):
                     yield f"set_module_name({pattern!r}", config
         for _, kind in reversed(stack):
             if kind in self.by_module_type:
@@ -79,14 +79,14 @@ class Rules:
         Raises:
             RuleError: names the rule, and what the model has instead or which node computes what it selects.
         """
-        nodes, erased = list(_calls(model)), list(_erased(model))
-        stacks = [module_stack(node) for node in nodes] + [gone.stack for gone, _ in erased]
+        nodes, gone_nodes = list(calls(model)), list(erased(model))
+        stacks = [module_stack(node) for node in nodes] + [gone.stack for gone, _ in gone_nodes]
         targets = {target for node in nodes for target in targets_of(node)}
-        targets |= {target for gone, _ in erased for target in gone.targets}
-        paths = sorted({path for stack in stacks for path in _paths(stack) if path})
+        targets |= {target for gone, _ in gone_nodes for target in gone.targets}
+        paths = sorted({path for stack in stacks for path in paths_of(stack) if path})
         kinds = sorted({kind for stack in stacks for _, kind in stack})
         for pattern in self.by_module_name:
-            if not any(_matches(path, pattern) for path in paths):
+            if not any(matches(path, pattern) for path in paths):
                 raise _unmatched(f"set_module_name({pattern!r})", "modules", paths)
         for kind in self.by_module_type:
             if kind not in kinds:
@@ -96,14 +96,14 @@ class Rules:
                 raise _unmatched(f"set_operator_type({target})", "operators", sorted({operator_name(n) for n in nodes}))
         if self.filter_function is not None and not any(self.filter_function(node) for node in nodes):
             raise RuleError("it accepts no node of the model", where="set_filter_function")
-        for gone, layer in erased:
+        for gone, layer in gone_nodes:
             if layer is not None:
                 self._check_folded(gone, layer)
 
     def _check_folded(self, gone: Origin, layer: Origin) -> None:
         """Raises when a rule that selects a node, and not the layer that computes it, chooses otherwise than that."""
-        rule, choice = next(self._on(gone.stack, gone.targets), ("", None))
-        of_layer = list(self._on(layer.stack, layer.targets))
+        rule, choice = next(self.selecting(gone.stack, gone.targets), ("", None))
+        of_layer = list(self.selecting(layer.stack, layer.targets))
         chosen = of_layer[0][1] if of_layer else self.everything
         if not rule or choice == chosen or any(rule == other for other, _ in of_layer):
             return
@@ -114,16 +114,17 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What rules see of a node: the modules around it and its operators; and its description for messages."""
+    """What rules see of a node: the modules around it and its operators; its description for messages, its name."""
 
     stack: Stack
     targets: tuple[Any, ...]
     place: str
+    name: str
 
 
 def origin_of(node: Node) -> Origin:
     """Returns what rules see of a node, which may be erased afterwards."""
-    return Origin(module_stack(node), targets_of(node), describe(node))
+    return Origin(module_stack(node), targets_of(node), describe(node), node.name)
 
 
 def note_erased(model: GraphModule, gone: Iterable[Origin], layer: Origin | None = None) -> None:
@@ -144,10 +145,11 @@ def forget_erased(model: GraphModule) -> None:
         forget_erased(body)
 
 
-def _erased(model: GraphModule) -> Iterator[tuple[Origin, Origin | None]]:
+def erased(model: GraphModule) -> Iterator[tuple[Origin, Origin | None]]:
+    """Yields what ``note_erased`` remembered: a node that is gone, and the one that computes it now."""
     yield from model.meta.get(ERASED_KEY, ())
     for _, body in bodies(model):
-        yield from _erased(body)
+        yield from erased(body)
 
 
 def targets_of(node: Node) -> tuple[Any, ...]:
@@ -157,14 +159,15 @@ def targets_of(node: Node) -> tuple[Any, ...]:
     return own if written is node.target else (*own, written, getattr(written, "overloadpacket", written))
 
 
-def _calls(model: GraphModule) -> Iterator[Node]:
+def calls(model: GraphModule) -> Iterator[Node]:
+    """Yields the nodes that rules are about, those of control flow bodies last."""
     yield from (node for node in model.graph.nodes if node.op == "call_function")
     for _, body in bodies(model):
-        yield from _calls(body)
+        yield from calls(body)
 
 
 @functools.lru_cache(4096)
-def _paths(stack: Stack) -> tuple[str, ...]:
+def paths_of(stack: Stack) -> tuple[str, ...]:
     """Returns the paths of the modules around a node, the innermost first.
 
     A ``ModuleList``, or a ``Sequential`` that is indexed, is never called, so it is in no stack: the paths say it.
@@ -176,7 +179,8 @@ def _paths(stack: Stack) -> tuple[str, ...]:
     return tuple(dict.fromkeys(paths))
 
 
-def _matches(path: str, pattern: str) -> bool:
+def matches(path: str, pattern: str) -> bool:
+    """True when the path of a module is the pattern, or what it stands for as the name of a file."""
     return path == pattern or fnmatch.fnmatchcase(path, pattern)
 
 

@@ -53,6 +53,16 @@ class NonFiniteError(CalibrationError, ArithmeticError):
     """NaN or infinity met while observing."""
 
 
+class StaysFloatError(ZeropointError, RuntimeError):
+    """An operator that was to be quantized, and is not."""
+
+
+class UnknownNameError(ZeropointError, KeyError):
+    """A name of no node, and of no module."""
+
+    __str__ = Exception.__str__  # KeyError's puts the message in quotes.
+
+
 class NothingQuantizedError(ZeropointError, RuntimeError):
     """A model in which no node would be quantized."""
 

@@ -8,13 +8,19 @@ from torch.fx import GraphModule
 
 from zeropoint.graph.attributes import get_attribute, set_parameter
 from zeropoint.graph.constants import mutated_attributes
+from zeropoint.graph.graph_pass import bodies
 
 
 def copy_graph(model: GraphModule) -> GraphModule:
-    """Returns the model with a graph of its own, and buffers of its own where it writes to them; others are shared."""
+    """Returns the model with graphs of its own, the bodies of control flow too, and buffers of its own where it writes
+    to them; other tensors are shared.
+    """
     copied = GraphModule(model, copy.deepcopy(model.graph))
+    for path, body in list(bodies(model)):
+        setattr(copied, path, copy_graph(body))
     for path in mutated_attributes(copied.graph):
         set_parameter(copied, path, get_attribute(copied, path).detach().clone())
+    copied.meta.update(model.meta)
     return copied
 
 

@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 from zeropoint.graph.attributes import owner_and_name
 from zeropoint.graph.compat import OpOverload, as_in_export, created_from, fake_like, fake_mode_of
 from zeropoint.graph.graph_pass import bodies
+from zeropoint.graph.source import EXPORTED_KEY
 
 INHERITED = (
     "debug_handle",
@@ -21,6 +22,7 @@ INHERITED = (
     "custom",
     "seq_nr",
     "partitioner_tag",
+    EXPORTED_KEY,
 )
 """Metadata that a node passes on to the nodes that replace it."""
 

@@ -9,6 +9,8 @@ from torch.fx import Node
 
 WRITTEN_KEY = "zeropoint_written_as"
 """Metadata of a node that was spelled anew: the operator that the user wrote."""
+EXPORTED_KEY = "zeropoint_exported_as"
+"""Metadata of a node that is to be traced through passes: its name in the exported program."""
 _ROOT = re.compile(r"^(L\['self'\]|L__self__)")
 _INDEX = re.compile(r"\._modules\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]")
 _NOT_THE_USERS = ("/torch/nn/", "/torch/_", "<eval_with_key>")

@@ -12,11 +12,17 @@ from zeropoint.graph.graph_pass import bodies
 
 def annotate(model: GraphModule, quantizer: Quantizer) -> GraphModule:
     """Returns the model as the quantizer transformed and annotated it; ``validate`` sees the whole of it."""
+    model = annotate_only(model, quantizer)
+    quantizer.validate(model)
+    forget_erased(model)
+    return model
+
+
+def annotate_only(model: GraphModule, quantizer: Quantizer) -> GraphModule:
+    """Returns the model as ``annotate`` does, before ``validate``, with the nodes noted that are no longer in it."""
     _check_quantizer(quantizer)
     model = _transform(model, quantizer)
     _annotate(model, quantizer)
-    quantizer.validate(model)
-    forget_erased(model)
     return model
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import TypeAlias, TypeVar
 
 T = TypeVar("T")
+Progress: TypeAlias = Callable[[str, int, int | None], None]
+"""Told the stage that runs, how many of its items are done, and how many it has; None: not known, or it has none."""
 QUIET_S = 1.0
 """Work that ends sooner prints no progress."""
 
@@ -17,17 +19,20 @@ class Stages:
     """Measures named stages, and shows how far the present one is on a terminal.
 
     Args:
-        show: write progress to standard error; by default when that is a terminal.
+        show: write progress to standard error; by default when that is a terminal. Or what is told of it instead.
     """
 
-    def __init__(self, show: bool | None = None) -> None:
+    def __init__(self, show: bool | Progress | None = None) -> None:
         self.seconds: dict[str, float] = {}
-        self._show = sys.stderr.isatty() if show is None else show
+        self._tell = show if callable(show) else None
+        self._show = sys.stderr.isatty() if show is None else show is True
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Generator[None]:
         """Measures what runs inside, under ``name``."""
         self._write(f"{name} ...")
+        if self._tell is not None:
+            self._tell(name, 0, None)
         start = time.perf_counter()
         try:
             yield
@@ -42,6 +47,8 @@ class Stages:
             passed = time.perf_counter() - start
             if passed > QUIET_S:
                 self._write(_line(name, done, total, passed))
+            if self._tell is not None:
+                self._tell(name, done, total)
             yield item
 
     def _write(self, line: str) -> None:

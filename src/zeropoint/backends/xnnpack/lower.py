@@ -79,17 +79,27 @@ def lower_program(
     converted: GraphModule, example_inputs: tuple[Any, ...], *, dynamic_shapes: Any = None
 ) -> LoweredProgram:
     """Returns what ``lower`` returns, with what became of its operators. Same arguments and errors."""
+    inputs = inputs_for(require_exported(converted), example_inputs, EXAMPLES)
+    model = repaired(converted)
+    check_sound(model)
+    return _lower(model, inputs, dynamic_shapes)
+
+
+def repaired(converted: GraphModule) -> GraphModule:
+    """Returns a copy of a converted model as it is lowered: spelled for the delegate, with all repairs made.
+
+    Raises:
+        LoweringError: it is not converted, or was annotated for another backend.
+    """
     model = copy.deepcopy(require_exported(converted))
     _check_made_for(model)
     _check_converted(model)
     complete_values(model)
-    inputs = inputs_for(model, example_inputs, EXAMPLES)
     erase_no_ops(model)
     spell(model, TO_LOWER)
     look_up_bytes(model)
     repair(model)
-    check_sound(model)
-    return _lower(model, inputs, dynamic_shapes)
+    return model
 
 
 def lower_float(model: nn.Module, example_inputs: tuple[Any, ...], *, dynamic_shapes: Any = None) -> LoweredProgram:

@@ -306,6 +306,8 @@ def zero_points_are_integers(model: GraphModule, node: Node) -> tuple[str, str] 
 
 SIZE_RULES: tuple[Rule, ...] = (batch_of_mean_is_known,)
 """What depends on the sizes that lowering leaves free: checked on the program that is lowered."""
+VALUE_RULES: tuple[Rule, ...] = (bias_fits_int32, rescaling_is_below_256)
+"""What depends on the ranges that calibration finds."""
 RULES: tuple[Rule, ...] = (
     is_in_eval_mode, has_a_kernel, activations_are_int8, weight_is_int8, factors_are_float, output_is_quantized,
     input_is_quantized, weight_is_stored, weight_is_symmetric, channel_axis_has_a_kernel, groups_have_a_kernel,

@@ -1,0 +1,6 @@
+"""``python -m zeropoint``: the command."""
+
+from zeropoint.cli import main
+
+if __name__ == "__main__":
+    main()

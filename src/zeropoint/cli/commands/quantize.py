@@ -1,0 +1,197 @@
+"""``zeropoint quantize``."""
+
+from __future__ import annotations
+
+import json as json_module
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import zeropoint
+from zeropoint.api import QuantizedModel
+from zeropoint.api import quantize as quantize_model
+from zeropoint.cli.evaluation import Evaluation, evaluate
+from zeropoint.cli.exits import CheckFailed, UsageError
+from zeropoint.cli.job import Job, checked, load_job
+from zeropoint.cli.options import (
+    BackendOption,
+    ConfigOption,
+    DataOption,
+    DebugOption,
+    DryRunOption,
+    ExcludeModule,
+    ExcludeOperator,
+    ExcludeType,
+    ForceOption,
+    JsonOption,
+    MinAgreementOption,
+    MinSqnrOption,
+    ModelArgument,
+    OutOption,
+    SchemeOption,
+    StrictOption,
+    settings_of,
+)
+from zeropoint.cli.output import StageBar, note, number, only_results, write_json, write_text
+from zeropoint.cli.output_folder import check_free, written_whole
+from zeropoint.cli.schema import to_toml
+from zeropoint.cli.settings import CheckSettings, Settings
+from zeropoint.core.extras import require_extra
+from zeropoint.report.explain import explain
+from zeropoint.report.explanation import Explanation
+
+Done = tuple[QuantizedModel, Evaluation | None]
+NO_DATA = (
+    "Give --data: a folder of pictures, an .npz or .safetensors file, package.module:callable, or the word random; "
+    "or --scheme dynamic, which measures nothing."
+)
+
+
+def quantize(
+    model: ModelArgument,
+    out: OutOption = None,
+    data: DataOption = None,
+    config: ConfigOption = None,
+    backend: BackendOption = None,
+    scheme: SchemeOption = None,
+    exclude_module: ExcludeModule = None,
+    exclude_type: ExcludeType = None,
+    exclude_operator: ExcludeOperator = None,
+    strict: StrictOption = None,
+    min_sqnr: MinSqnrOption = None,
+    min_agreement: MinAgreementOption = None,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Quantize MODEL to int8, run the file, compare it with the float model, and write DIR."""
+    settings = settings_of(config, backend, scheme, exclude_module, exclude_type, exclude_operator, strict)
+    settings = _with_checks(settings, min_sqnr, min_agreement)
+    out = None if dry_run else _free(out, force=force)
+    if data is None and settings.scheme != "dynamic":
+        raise UsageError("there is no data to measure activations on", where="quantize", remedy=NO_DATA)
+    require_extra("executorch.exir", "executorch")
+    with only_results(debug=debug), StageBar() as bar:
+        bar("load and export", 0, None)
+        job = load_job(model, data, settings)
+        explanation = explain(job.graph, job.quantizer, strict=settings.checks.strict)
+        done = None if out is None else _run(job, bar)
+        if out is not None and done is not None:
+            _write(out, job, explanation, done)
+    _show(job, explanation, done, out, json=json)
+    if done is not None:
+        _check(settings.checks, done)
+
+
+def _free(out: Path | None, *, force: bool) -> Path:
+    if out is None:
+        raise UsageError("it does not say where the results go", where="quantize", remedy="Give -o DIR.")
+    check_free(out, force=force)
+    return out
+
+
+def _with_checks(settings: Settings, min_sqnr: float | None, min_agreement: float | None) -> Settings:
+    given = {"min_sqnr_db": min_sqnr, "min_agreement": min_agreement}
+    checks = replace(settings.checks, **{name: value for name, value in given.items() if value is not None})
+    return checked(replace(settings, checks=checks), "the command line")
+
+
+def _run(job: Job, bar: StageBar) -> Done:
+    settings, data = job.settings, job.data
+    result = quantize_model(
+        job.graph,
+        job.example_inputs,
+        None if data is None else data.calibration,
+        settings.backend,
+        quantizer=job.quantizer,
+        accuracy=settings.accuracy,
+        verify=settings.verify,
+        progress=bar,
+    )
+    if data is None or data.is_random:
+        return result, None
+    batches = bar.each(data.evaluation, len(data.evaluation), "compare with float")
+    return result, evaluate(job.graph, result.model, data, batches)
+
+
+def _summary(job: Job, explanation: Explanation, done: Done) -> dict[str, Any]:
+    result, compared = done
+    data, record = job.data, result.record
+    return {
+        "zeropoint": zeropoint.__version__,
+        "model": job.model.name,
+        "backend": job.settings.backend,
+        "data": None if data is None else data.name,
+        "data_is_random": data is not None and data.is_random,
+        "calibration_samples": 0 if data is None else len(data.calibration) * data.batch,
+        "operators": {"integer": len(explanation.quantized), "float": len(explanation.stays_float)},
+        "rules": [{"rule": each.rule, "matched": each.matched, "decided": each.decided} for each in explanation.rules],
+        "bytes": {"float": record.float_bytes, "int8": record.converted_bytes, "file": len(result.pte)},
+        "delegates": result.delegates,
+        "outside_of_the_delegate": dict(result.outside),
+        "float_sqnr_db": number(result.float_sqnr_db),
+        "runtime_sqnr_db": number(result.runtime_sqnr_db),
+        "compared": None if compared is None else _compared(compared),
+        "speed_note": result.speed_note(),
+        "stages_s": result.stages_s,
+    }
+
+
+def _compared(compared: Evaluation) -> dict[str, Any]:
+    return {
+        "samples": compared.samples,
+        "unseen": compared.is_unseen,
+        "sqnr_db": number(compared.sqnr_db),
+        "agreement": compared.agreement,
+        "float_top1": compared.float_top1,
+        "int8_top1": compared.int8_top1,
+    }
+
+
+def _write(out: Path, job: Job, explanation: Explanation, done: Done) -> None:
+    summary = json_module.dumps(_summary(job, explanation, done), indent=2, allow_nan=False)
+    data = "" if job.data is None else f" --data {job.data.name}"
+    header = f"# zeropoint quantize {job.model.name}{data} --config config.toml -o DIR\n"
+    with written_whole(out) as folder:
+        (folder / "model.pte").write_bytes(done[0].pte)
+        (folder / "summary.json").write_text(summary + "\n", encoding="utf8")
+        (folder / "explain.txt").write_text(f"{explanation}\n", encoding="utf8")
+        (folder / "config.toml").write_text(header + to_toml(job.settings), encoding="utf8")
+
+
+def _show(job: Job, explanation: Explanation, done: Done | None, out: Path | None, *, json: bool) -> None:
+    data = "none" if job.data is None else job.data.describe()
+    if job.data is not None and job.data.is_random:
+        note("zeropoint: warning: the data is random; ranges and accuracy will not be those of real data")
+    if done is None:
+        plan = {"dry_run": True, "data": data, **explanation.as_dict()}
+        write_json(plan) if json else write_text(f"dry run   nothing is written\ndata      {data}\n{explanation}")
+        return
+    result, compared = done
+    if json:
+        write_json({**_summary(job, explanation, done), "out": str(out)})
+        return
+    rules = [f"rule      {rule}" for rule in explanation.rules]
+    lines = [f"data      {data}", *rules, str(result), *([compared.line()] if compared is not None else [])]
+    write_text("\n".join([*lines, f"written   {out}"]))
+
+
+def _check(checks: CheckSettings, done: Done) -> None:
+    """Raises where an asked-for accuracy is not reached; the results are written all the same."""
+    result, compared = done
+    sqnr = result.float_sqnr_db if compared is None else min(compared.sqnr_db, result.float_sqnr_db)
+    if checks.min_sqnr_db is not None and not sqnr >= checks.min_sqnr_db:
+        raise CheckFailed(
+            f"SQNR against float is {sqnr:.1f} dB; {checks.min_sqnr_db:g} dB were asked for", where="check"
+        )
+    agreement = None if compared is None else compared.agreement
+    if checks.min_agreement is None:
+        return
+    if agreement is None:
+        what = "min_agreement is asked for, and the model's output is no scores of classes, or there is no real data"
+        raise CheckFailed(what, where="check", remedy="Leave it out.")
+    if agreement < checks.min_agreement:
+        raise CheckFailed(
+            f"{agreement:.1%} have the same class; {checks.min_agreement:.1%} were asked for", where="check"
+        )

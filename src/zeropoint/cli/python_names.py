@@ -1,0 +1,46 @@
+"""``package.module:name``: what a user's own Python says."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from zeropoint.cli.exits import UsageError
+
+FORM = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+def is_python_name(text: str) -> bool:
+    """True for ``package.module:name``."""
+    return FORM.fullmatch(text) is not None
+
+
+def find(text: str) -> Any:
+    """Returns what a name stands for; modules of the present folder are found as well.
+
+    Raises:
+        UsageError: there is no such module, it cannot be imported, or it has no such name.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    module, _, name = text.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        what = f"there is no module {error.name!r}"
+        raise UsageError(what, where=text, remedy="Run the command in its folder, or install its package.") from error
+    except Exception as error:
+        raise UsageError(f"{module} cannot be imported: {type(error).__name__}: {error}", where=text) from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise UsageError(f"{module} has no {name!r}", where=text, remedy=f"It has: {_names(found)}.")
+        found = getattr(found, part)
+    return found
+
+
+def _names(found: Any) -> str:
+    return ", ".join(name for name in vars(found) if not name.startswith("_") and callable(getattr(found, name)))
