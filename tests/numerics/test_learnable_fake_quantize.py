@@ -291,3 +291,27 @@ def test_a_network_is_trained_with_it_and_converted():
     converted = convert_pt2e(prepared)
     weight = models.find(converted, "conv2d").args[1]
     assert torch.equal(converted.get_buffer(weight.args[1].target), scale)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_sites_may_share_a_scale(learns):
+    """The second use in a step leaves what the first one's gradient needs as it is."""
+    fake = LearnableFakeQuantize(MovingAverageMinMaxObserver, -128, 127, dtype=torch.qint8)
+    fake(data())
+    if learns:
+        fake.enable_range_learning()
+    x = data().requires_grad_()
+    (fake(fake(x) * 2) + fake(x)).sum().backward()
+    assert (fake.scale.grad is not None) == learns
+    assert x.grad is not None
+
+
+def test_until_it_learns_it_is_a_fake_quantizer():
+    observer = MovingAveragePerChannelMinMaxObserver.with_args(ch_axis=1, qscheme=torch.per_channel_affine)
+    found = []
+    for kind in (FakeQuantize, LearnableFakeQuantize):
+        fake, x = kind(observer=observer, quant_min=0, quant_max=255), data().requires_grad_()
+        first = fake(x)
+        first.sum().backward()
+        found.append((first.detach(), x.grad, fake(x * 3).detach()))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
