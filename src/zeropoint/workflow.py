@@ -33,6 +33,7 @@ from zeropoint.passes.qat_batch_norm import qat_batch_norm
 from zeropoint.passes.reference.rewrite import in_integers
 from zeropoint.passes.round_biases import round_biases
 from zeropoint.passes.spell_batch_norm import spell_batch_norm
+from zeropoint.passes.trained_module import TrainedModule
 from zeropoint.passes.weight_scales import steady_weight_scales
 from zeropoint.report.coverage import coverage
 from zeropoint.report.record import finish_record, record_of, require_prepared, require_unprepared, start_record
@@ -102,7 +103,7 @@ def prepare_qat_pt2e(
     insert_observers(model, observers, look_again=record_of(model).policy is None)
     control_flow_in_python(model)
     leave_mark(model)
-    return finish(model, ExplainedModule)
+    return finish(model, TrainedModule)
 
 
 @pipeline

@@ -91,3 +91,31 @@ def test_a_free_batch_of_float_inputs_to_quantized_weights():
         inputs = (torch.randn(size, 3, 16),)
         ((actual,),) = run_in_child(pte, [inputs])
         torch.testing.assert_close(actual, converted(*inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_per_channel", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(4, 6, 3), (2, 4, 6, 6)),
+        (nn.Conv2d(4, 6, 1), (2, 4, 6, 6)),
+        (nn.Conv2d(4, 4, 3, groups=4), (2, 4, 6, 6)),
+        (nn.Conv1d(4, 6, 3), (2, 4, 6)),
+        (nn.ConvTranspose2d(4, 6, 3, 2), (2, 4, 5, 5)),
+        (nn.Linear(4, 6), (2, 4)),
+    ],
+)
+def test_layers_of_4_bit_weights(layer, shape, is_per_channel):
+    """Those of convolutions are stored as 8 bits: the delegate has 4-bit kernels for linear layers only."""
+    config = get_symmetric_quantization_config(is_per_channel=is_per_channel, weight_qmin=-8, weight_qmax=7)
+    x = torch.randn(shape)
+    prepared = zp.prepare_pt2e(torch.export.export(layer.eval(), (x,)).module(), XNNPACKQuantizer().set_global(config))
+    prepared(x)
+    model = zp.convert_pt2e(prepared)
+    lowered = lower_program(model, (x,))
+    assert lowered.outside == ()
+    ((actual,),) = run_in_child(lowered.pte, [(x,)])
+    expected = model(x)
+    step = (expected.max() - expected.min()) / 255
+    assert len(expected.unique()) > 4
+    assert (actual - expected).abs().max() <= step * 1.1

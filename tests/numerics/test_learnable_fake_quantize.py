@@ -304,3 +304,14 @@ def test_one_range_twice_in_a_step(learns):
     module(module(x).relu()).square().sum().backward()
     assert x.grad.isfinite().all()
     assert (module.scale.grad is not None) == learns
+
+
+def test_until_it_learns_it_is_a_fake_quantizer():
+    observer = MovingAveragePerChannelMinMaxObserver.with_args(ch_axis=1, qscheme=torch.per_channel_affine)
+    found = []
+    for kind in (FakeQuantize, LearnableFakeQuantize):
+        fake, x = kind(observer=observer, quant_min=0, quant_max=255), data().requires_grad_()
+        first = fake(x)
+        first.sum().backward()
+        found.append((first.detach(), x.grad, fake(x * 3).detach()))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

@@ -7,6 +7,7 @@ import torch
 
 from zeropoint.core.errors import CalibrationError, SpecError
 from zeropoint.numerics import observers
+from zeropoint.numerics.fake_quantize import FakeQuantize
 from zeropoint.numerics.observers import (
     MinMaxObserver,
     MovingAveragePerGroupMinMaxObserver,
@@ -133,3 +134,52 @@ def test_group_size_must_divide():
         PerGroupMinMaxObserver(group_size=3)(torch.ones(2, 4))
     with pytest.raises(SpecError, match="group_size=0"):
         PerGroupMinMaxObserver(group_size=0)
+
+
+@pytest.mark.parametrize("qscheme", [torch.per_tensor_affine, torch.per_tensor_symmetric])
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e36, 1e38])
+def test_averages_in_numbers_are_those_of_tensors(qscheme, size):
+    arguments = {"averaging_constant": 0.3, "dtype": torch.qint8, "qscheme": qscheme, "eps": 2**-12}
+    ours, theirs = (kind.MovingAverageMinMaxObserver(**arguments) for kind in (observers, torchao))
+    for batch in batches(20):
+        x = batch.clamp(-1, 1) * size
+        ours(x)
+        theirs(x)
+        assert (ours.min_val.item(), ours.max_val.item()) == (theirs.min_val.item(), theirs.max_val.item())
+        assert ours.last == (x.min().item(), x.max().item())
+        numbers = ours.qparams_in_numbers()
+        assert (numbers is None) == (size > 1e37)
+        if numbers is not None:
+            assert numbers == tuple(each.item() for each in ours.calculate_qparams())
+
+
+def test_an_average_goes_on_from_a_loaded_state():
+    first, second = (observers.MovingAverageMinMaxObserver() for _ in range(2))
+    first(batches()[0])
+    second.load_state_dict(first.state_dict())
+    for each in (first, second):
+        each(batches()[1])
+    assert torch.equal(first.min_val, second.min_val)
+
+
+def test_an_observer_that_chooses_its_own_scale_has_no_numbers():
+    class Doubled(observers.MovingAverageMinMaxObserver):
+        def calculate_qparams(self):
+            scale, zero_point = super().calculate_qparams()
+            return scale * 2, zero_point
+
+    fakes = [FakeQuantize(kind) for kind in (Doubled, observers.MovingAverageMinMaxObserver)]
+    for fake in fakes:
+        fake(batches()[0])
+    assert fakes[0].scale.item() == fakes[1].scale.item() * 2
+
+
+def test_an_observer_that_averages_in_its_own_way_is_asked():
+    class Widest(observers.MovingAverageMinMaxObserver):
+        def merged(self, low, high):
+            return torch.minimum(self.min_val, low), torch.maximum(self.max_val, high)
+
+    observer = Widest()
+    for x in batches():
+        observer(x)
+    assert observer.max_val.item() == max(x.max().item() for x in batches())

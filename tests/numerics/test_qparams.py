@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 
 from zeropoint.numerics.affine import dequantize, quantize
 from zeropoint.numerics.ops import CHOOSE_QPARAMS, CHOOSE_QPARAMS_SYMMETRIC
-from zeropoint.numerics.qparams import FLOAT32_EPS, choose_float_qparams, choose_qparams, symmetric_zero_point
+from zeropoint.numerics.qparams import (
+    FLOAT32_EPS,
+    choose_float_qparams,
+    choose_qparams,
+    choose_qparams_in_numbers,
+    symmetric_zero_point,
+)
 
 bounds = st.floats(-(2.0**100), 2.0**100, width=32)
 
@@ -74,3 +80,20 @@ def test_float_qparams_need_not_hold_zero():
     scale, zero_point = choose_float_qparams(torch.tensor([2.0, 1.0]), torch.tensor([4.0, 1.0]), 0, 255)
     assert torch.equal(scale, torch.tensor([2.0 / 255, 1.0]))
     assert torch.equal(zero_point, torch.tensor([-2.0, -1.0]) / scale)
+
+
+FLOATS = st.floats(-(2.0**119), 2.0**119, width=32) | st.floats(-10, 10, width=32)
+
+
+@settings(deadline=None, max_examples=500)
+@given(
+    ends=st.tuples(FLOATS, FLOATS),
+    limits=st.sampled_from([(-128, 127), (0, 255), (-8, 7), (0, 1), (-(2**31), 2**31 - 1)]),
+    eps=st.sampled_from([FLOAT32_EPS, 2**-12, 1e-30]),
+    symmetric=st.booleans(),
+)
+def test_in_numbers_they_are_the_same_to_the_bit(ends, limits, eps, symmetric):
+    low, high = min(ends), max(ends)
+    settings = {"symmetric": symmetric, "eps": eps, "symmetric_zero_point": 3}
+    scale, zero_point = choose_qparams(torch.tensor(low), torch.tensor(high), *limits, **settings)
+    assert choose_qparams_in_numbers(low, high, *limits, **settings) == (scale.item(), zero_point.item())

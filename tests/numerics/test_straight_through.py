@@ -119,3 +119,42 @@ def test_few_elements_are_left_to_the_kernel(few, monkeypatch):
     x = torch.randn(50, requires_grad=True)
     result = fake_quantize(x, torch.tensor([0.1]), torch.tensor([0], dtype=torch.int32), -8, 7)
     assert ("FakeQuantize" in type(result.grad_fn).__name__) == (few > 50)
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(scale=st.floats(2**-30, 2**20, width=32), limits=st.sampled_from(RANGES[:5]), share=st.floats(0, 1))
+def test_the_gradient_ends_at_the_float_at_which_torch_ends_it(scale, limits, share):
+    low, high = limits
+    zero = round(low + share * (high - low))
+    ends = torch.tensor([(low - zero - 0.5) * scale, (high - zero + 0.5) * scale])
+    x = [ends]
+    for direction in (-torch.inf, torch.inf):
+        near = ends
+        for _ in range(4):
+            near = torch.nextafter(near, torch.tensor(direction))
+            x.append(near)
+    scales, zero_points = torch.tensor([scale]), torch.tensor([zero], dtype=torch.int32)
+    (expected, gradient), (result, ours) = both(torch.cat(x), scales, zero_points, low, high, None)
+    assert torch.equal(result, expected)
+    assert torch.equal(ours, gradient)
+
+
+@pytest.mark.parametrize(("last", "keeps"), [(1.26, True), (1.27, True), (1.2751, False), (9.0, False)])
+def test_where_the_range_is_known_to_fit_nothing_is_kept(last, keeps):
+    x = torch.linspace(-1.28, last, 50).requires_grad_()
+    scale, zero_point = torch.tensor([0.01]), torch.tensor([0], dtype=torch.int32)
+    result = fake_quantize(x, scale, zero_point, -128, 127, known=(x.min().item(), x.max().item()))
+    (expected, gradient), _ = both(x, scale, zero_point, -128, 127, None)
+    assert torch.equal(result, expected)
+    assert ("Unclamped" in type(result.grad_fn).__name__) == keeps
+    (result * torch.linspace(-1, 1, 50)).sum().backward()
+    assert torch.equal(x.grad, gradient)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-35, 1e35, float("inf")])
+def test_scales_whose_reciprocals_leave_float32_are_left_to_the_kernel(scale):
+    x = torch.tensor([0.0, 1.0, -1e30])
+    scales, zero_points = torch.tensor([scale]), torch.tensor([1], dtype=torch.int32)
+    result = fake_quantize(x, scales, zero_points, -128, 127, known=(-1e30, 1.0))
+    expected = torch.fake_quantize_per_tensor_affine(x, scales, zero_points, -128, 127)
+    assert torch.equal(result.nan_to_num(), expected.nan_to_num())

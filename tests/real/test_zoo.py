@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zoo import architectures, crepe, efficientnet_lite0, minilm, packages, silero_vad, waifu2x
+from zoo import architectures, crepe, efficientnet_lite0, minilm, mnist, packages, silero_vad, waifu2x
 from zoo.photos import LABELLED_PHOTOS
 
 
@@ -83,3 +83,30 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(monkeypatch):
     command = "pip install --no-deps scikit-image==0.26.0"
     with pytest.raises(packages.PackageMissingError, match=f"skimage: the package is not installed. Run `{command}`"):
         packages.folder("skimage")
+
+
+def test_digits_to_test_on_are_others_than_those_to_train_on():
+    train, test = mnist.digits()
+    assert (
+        [len(part.pictures) for part in (train, test)] == [len(part.labels) for part in (train, test)] == [4000, 1000]
+    )
+    assert (train.labels.bincount() + test.labels.bincount()).tolist() == [500] * 10
+    assert train.pictures.min() == 0
+    assert train.pictures.max() == 1
+    pictures = {
+        part: {picture.numpy().tobytes() for picture in data.pictures} for part, data in (("a", train), ("b", test))
+    }
+    assert not pictures["a"] & pictures["b"]
+
+
+def test_the_network_for_digits_learns():
+    train, test = mnist.digits()
+    model = mnist.mobile_net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    for pictures, labels in zip(train.pictures.split(50) * 3, train.labels.split(50) * 3, strict=True):
+        loss = torch.nn.functional.cross_entropy(model(pictures), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert (model.eval()(test.pictures).argmax(1) == test.labels).float().mean() > 0.8

@@ -16,7 +16,7 @@ from zeropoint.numerics.observers.defaults import (
 from zeropoint.numerics.observers.fixed import FixedQParamsObserver
 from zeropoint.numerics.observers.histogram import HistogramObserver
 from zeropoint.numerics.observers.minmax import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
-from zeropoint.numerics.straight_through import fake_quantize
+from zeropoint.numerics.straight_through import Known, fake_quantize
 
 QParams = tuple[torch.Tensor, torch.Tensor]
 
@@ -138,10 +138,27 @@ class FakeQuantize(FakeQuantizeBase):
         """
         if x.numel() == 0:
             return x
+        known = None
         if self.observer_enabled.item():
             self.activation_post_process(x.detach())
+            self._take_observed()
+            known = getattr(self.activation_post_process, "last", None)
+        return self._round(x, known) if self.fake_quant_enabled.item() else x
+
+    def _round(self, x: torch.Tensor, known: Known | None) -> torch.Tensor:
+        if known is None or type(self).fake_quantize is not FakeQuantize.fake_quantize:
+            return self.fake_quantize(x)
+        return fake_quantize(x, self.scale, self.zero_point, self.quant_min, self.quant_max, known=known)
+
+    def _take_observed(self) -> None:
+        in_numbers = getattr(self.activation_post_process, "qparams_in_numbers", None)
+        is_ours = type(self).calculate_qparams is FakeQuantize.calculate_qparams
+        numbers = in_numbers() if is_ours and in_numbers is not None else None
+        if numbers is None or self.scale.shape != (1,):
             self._take(*self.calculate_qparams())
-        return self.fake_quantize(x) if self.fake_quant_enabled.item() else x
+        else:
+            self.scale.fill_(numbers[0])
+            self.zero_point.fill_(numbers[1])
 
     @torch.no_grad()
     def _take(self, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
@@ -159,7 +176,9 @@ class FakeQuantize(FakeQuantizeBase):
 
     def _make_room(self, name: str, shape: torch.Size) -> None:
         """Gives ``scale`` or ``zero_point`` another shape; its values are to be written."""
-        getattr(self, name).resize_(shape)
+        buffer = getattr(self, name)
+        if buffer.shape != shape:
+            buffer.resize_(shape)
 
     def fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Returns ``x`` rounded with the scale and zero point as they are."""

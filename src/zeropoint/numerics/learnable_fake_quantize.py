@@ -10,7 +10,7 @@ from torch import nn
 from zeropoint.core.errors import SpecError
 from zeropoint.core.specs import SYMMETRIC
 from zeropoint.numerics.fake_quantize import FakeQuantize, QParams
-from zeropoint.numerics.straight_through import learned_fake_quantize
+from zeropoint.numerics.straight_through import fake_quantize, learned_fake_quantize
 
 
 class LearnableFakeQuantize(FakeQuantize):
@@ -123,12 +123,19 @@ class LearnableFakeQuantize(FakeQuantize):
         return (x.numel() * self.quant_max) ** -0.5 if self.use_grad_scaling else 1.0
 
     def _per_tensor(self, x: torch.Tensor) -> torch.Tensor:
-        limits = (self.quant_min, self.quant_max)
-        return learned_fake_quantize(x, self.scale, self.zero_point, *limits, factor=self._factor(x))
+        return self._learned(x, self.scale, self.zero_point, None)
 
     def _per_channel(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int) -> torch.Tensor:
-        limits = (self.quant_min, self.quant_max)
-        return learned_fake_quantize(x, scale, zero_point, *limits, axis, self._factor(x))
+        return self._learned(x, scale, zero_point, axis)
+
+    def _learned(
+        self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int | None
+    ) -> torch.Tensor:
+        low, high = self.quant_min, self.quant_max
+        if self.scale.requires_grad:
+            return learned_fake_quantize(x, scale, zero_point, low, high, axis, self._factor(x))
+        integers = zero_point.detach().round().clamp(low, high).to(torch.int32)
+        return fake_quantize(x, scale.detach(), integers, low, high, axis)
 
     def reset(self) -> None:
         super().reset()

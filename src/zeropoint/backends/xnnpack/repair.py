@@ -17,7 +17,7 @@ from zeropoint.graph.bind import argument, reads, replace_read, set_argument
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.emit import Emitter
 from zeropoint.graph.graph_pass import graph_pass
-from zeropoint.graph.layers import LAYERS, pads_with_zero
+from zeropoint.graph.layers import CONVOLUTIONS, LAYERS, TRANSPOSED, pads_with_zero
 from zeropoint.numerics import ops
 
 aten = torch.ops.aten
@@ -26,6 +26,7 @@ WRITTEN_AS = ("source_fn_stack", "torch_fn", "nn_module_stack")
 """Metadata by which ExecuTorch would find the linear layer again, and make one of the product."""
 WEIGHT_ONLY = (ops.DEQUANTIZE_PER_TENSOR, ops.DEQUANTIZE_PER_CHANNEL)
 """Of weights that a portable kernel dequantizes; there is none for groups."""
+PACKED = (-8, 7)
 ONE_DIMENSION = (aten.conv1d.default, aten.conv1d.padding, aten.conv_transpose1d.default)
 
 
@@ -36,6 +37,7 @@ def repair(model: GraphModule) -> None:
     give_each_move_one_scale(model)
     give_each_layer_its_bias(model)
     give_each_layer_of_one_dimension_its_weight(model)
+    hold_4_bits_of_convolutions_in_8(model)
     multiply_by_dequantized_weights(model)
 
 
@@ -52,6 +54,21 @@ def give_each_layer_of_one_dimension_its_weight(model: GraphModule) -> None:
     """Copies a quantized weight that several layers read, which executorch 1.4 gives a second dimension for each."""
     weights = [argument(node, "weight") for node in model.graph.nodes if node.target in ONE_DIMENSION]
     _give_each_its_own(model, [(weight, "input", weight) for weight in weights if weight.target in ops.DEQUANTIZE_OPS])
+
+
+def hold_4_bits_of_convolutions_in_8(model: GraphModule) -> None:
+    """Stores the 4-bit weight of each convolution as int8, of the same values.
+
+    The delegate packs -8..7 two to a byte, and has kernels for linear layers only; executorch 1.4 fails at the weight
+    of a convolution (``convert_to_qc4w``).
+    """
+    for layer in model.graph.nodes:
+        weight = argument(layer, "weight") if layer.target in (*CONVOLUTIONS, *TRANSPOSED) else None
+        if not isinstance(weight, Node) or weight.target not in ops.DEQUANTIZE_OPS:
+            continue
+        if (argument(weight, "quant_min"), argument(weight, "quant_max")) == PACKED:
+            set_argument(weight, "quant_min", -128)
+            set_argument(weight, "quant_max", 127)
 
 
 def _give_each_its_own(model: GraphModule, places: list[tuple[Node, str, object]]) -> None:

@@ -269,7 +269,7 @@ class UniformQuantizationObserverBase(ObserverBase):
         """
         self._require_range(min_val, max_val)
         scale, zero_point = self.qparams_of_range(min_val, max_val)
-        if not bool(scale.isfinite().all()):
+        if not math.isfinite(scale.sum().item()) and not bool(scale.isfinite().all()):  # The sum costs a third of it.
             what = f"the range {min_val.min().item()} to {max_val.max().item()} is too wide for a float32 scale"
             raise NonFiniteError(what, where=self.where, remedy="Mask with a smaller number than the largest float.")
         return (scale.reshape(1), zero_point.reshape(1)) if scale.dim() == 0 else (scale, zero_point)

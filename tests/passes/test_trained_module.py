@@ -1,0 +1,139 @@
+"""A graph in training runs its groups in one step each, and shows, copies and saves the operators that it has."""
+
+import copy
+import io
+
+import models
+import pytest
+import qat_quantizers
+import quantizers
+import torch
+from torch import nn
+from torch.fx import Interpreter
+
+from zeropoint.graph.train_eval import freeze_batch_norm
+from zeropoint.numerics.fake_quantize import disable_observer
+from zeropoint.workflow import convert_pt2e, prepare_qat_pt2e
+
+aten = torch.ops.aten
+ONE_STEP = "unscaled_batch_norm("
+LAYERS = {
+    "conv": lambda: ((nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU6()), (8, 3, 6, 6)),
+    "no_bias": lambda: ((nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, eps=0.1, momentum=0.5)), (8, 3, 6, 6)),
+    "plain_norm": lambda: ((nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4, affine=False), nn.ReLU()), (8, 3, 6)),
+    "depthwise3d": lambda: ((nn.Conv3d(4, 4, 2, groups=4), nn.BatchNorm3d(4)), (4, 4, 3, 3, 3)),
+    "transposed": lambda: ((nn.ConvTranspose2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU()), (4, 3, 4, 4)),
+    "linear": lambda: ((nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU()), (8, 6)),
+}
+
+
+def prepared_model(name="conv"):
+    torch.manual_seed(0)
+    layers, shape = LAYERS[name]()
+    module = nn.Sequential(*layers)
+    models.randomize_norms(module)
+    x = torch.randn(shape)
+    exported = torch.export.export(module.train(), (x,)).module()
+    return prepare_qat_pt2e(exported, quantizers.ByHand(qat_quantizers.qat)), x
+
+
+def step_by_step(model):
+    """Returns a copy that runs its graph as it is written."""
+    return Interpreter(copy.deepcopy(model))
+
+
+def trained(module, run, x, steps=4):
+    optimizer = torch.optim.SGD(module.parameters(), 0.05)
+    outputs = []
+    for step in range(steps):
+        result = run(x + step / 10)
+        outputs.append(result.detach())
+        optimizer.zero_grad()
+        result.square().mean().backward()
+        optimizer.step()
+    return outputs
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_it_trains_as_the_graph_is_written(name):
+    model, x = prepared_model(name)
+    assert model.code.count(ONE_STEP) == 1
+    written = step_by_step(model)
+    expected = trained(written.module, written.run, x)
+    for found, wanted in zip(trained(model, model, x), expected, strict=True):
+        assert torch.allclose(found, wanted, atol=2e-5)
+    states = written.module.state_dict()
+    for key, value in model.state_dict().items():
+        assert torch.allclose(value.double(), states[key].double(), atol=2e-5), key
+
+
+def test_the_graph_has_the_operators_that_programs_look_for():
+    model, x = prepared_model()
+    model(x)
+    targets = [node.target for node in model.graph.nodes]
+    assert targets.count(aten.div.Tensor) == 2
+    assert targets.count(aten.batch_norm.default) == 1
+    assert not any("unscaled" in str(target) for target in targets)
+    model.graph.lint()
+
+
+def test_in_eval_mode_the_graph_runs_as_it_is():
+    model, x = prepared_model()
+    model(x)
+    model.eval().apply(disable_observer)
+    assert ONE_STEP not in model.code
+    assert torch.equal(model(x), step_by_step(model).run(x))
+    model.train()
+    assert ONE_STEP in model.code
+
+
+def test_frozen_batch_norms_run_as_they_are():
+    model, x = prepared_model()
+    model(x)
+    freeze_batch_norm(model)
+    assert ONE_STEP not in model.code
+    before = model.state_dict()["1.running_mean"].clone()
+    model(x)
+    assert torch.equal(model.state_dict()["1.running_mean"], before)
+
+
+def test_copies_run_in_one_step_too():
+    model, x = prepared_model()
+    twin = copy.deepcopy(model)
+    assert twin.code == model.code
+    assert torch.equal(twin(x), model(x))
+
+
+def test_a_saved_model_has_the_operators():
+    model, x = prepared_model()
+    model(x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert ONE_STEP in model.code
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    targets = [node.target for node in loaded.graph.nodes]
+    assert targets.count(aten.div.Tensor) == 2
+    assert targets.count(aten.batch_norm.default) == 1
+    assert torch.allclose(loaded(x), model(x), atol=1e-5)
+
+
+def test_a_graph_that_was_changed_runs_as_changed():
+    model, x = prepared_model("no_bias")
+    division = next(node for node in model.graph.nodes if getattr(node.meta.get("qat_conv_bn"), "role", "") == "output")
+    with model.graph.inserting_after(division):
+        doubled = model.graph.call_function(aten.mul.Tensor, (division, 2.0))
+    division.replace_all_uses_with(doubled, delete_user_cb=lambda user: user is not doubled)
+    model.recompile()
+    assert ONE_STEP not in model.code
+    assert torch.equal(step_by_step(model).run(x), model(x))
+
+
+def test_it_is_converted_as_it_was_trained():
+    model, x = prepared_model()
+    trained(model, model, x)
+    evaluated = qat_quantizers.in_eval_mode(model)
+    expected = evaluated(x)
+    converted = convert_pt2e(model)
+    scale = models.find(converted, "output").args[0][0].args[1]
+    assert (converted(x) - expected).abs().max() <= scale * 1.001
