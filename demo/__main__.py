@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 import zeropoint as zp
-from bench._measure import alternate, median_ratio
 from demo.networks import NETWORKS, Network
 from demo.peers import torchao_pte
 from zeropoint.backends.xnnpack import lower_float
 from zeropoint.core.processor import integer_dot_product
 from zeropoint.runtime.executorch import Program
+from zeropoint.runtime.measure import alternate, median_ratio
 
 BUILD = Path("build")
 ROUNDS = 31

@@ -7,6 +7,7 @@ from zeropoint.annotate.for_torchao import for_torchao
 from zeropoint.annotate.plan import Decision, Plan
 from zeropoint.annotate.quantizer import ComposableQuantizer, Quantizer
 from zeropoint.api import QuantizedModel, quantize
+from zeropoint.benchmark import bench
 from zeropoint.core.configs import OperatorConfig, QuantizationConfig
 from zeropoint.core.errors import ZeropointError
 from zeropoint.core.specs import (
@@ -20,6 +21,7 @@ from zeropoint.core.specs import (
 from zeropoint.graph.bind import Site
 from zeropoint.graph.capture import capture
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
+from zeropoint.report.benchmark import Benchmark
 from zeropoint.report.check_convert import ConvertCheck, check_convert
 from zeropoint.report.operator_table import summary
 from zeropoint.workflow import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
@@ -27,6 +29,7 @@ from zeropoint.workflow import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 __version__ = "0.1.0"
 
 __all__ = [
+    "Benchmark",
     "ComposableQuantizer",
     "ConvertCheck",
     "Decision",
@@ -47,6 +50,7 @@ __all__ = [
     "SharedQuantizationSpec",
     "Site",
     "ZeropointError",
+    "bench",
     "capture",
     "check_convert",
     "convert_pt2e",

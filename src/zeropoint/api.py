@@ -68,6 +68,7 @@ class QuantizedModel:
         accuracy: what was done for accuracy beyond rounding, and why not more.
         stages_s: seconds that each stage took.
         free: the largest size of each axis of an input that is free in the file, by ``input[axis]``.
+        example_inputs: the positional inputs that ``quantize`` was given.
     """
 
     model: GraphModule = field(repr=False)
@@ -80,6 +81,7 @@ class QuantizedModel:
     accuracy: AccuracyWork
     stages_s: dict[str, float]
     free: tuple[tuple[str, int], ...] = ()
+    example_inputs: tuple[Any, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def coverage(self) -> tuple[CoverageRow, ...]:
@@ -215,7 +217,7 @@ def quantize(
     work = _accuracy_work(accuracy, equalized, correction, unasked)
     return QuantizedModel(
         converted, lowered.pte, record_of(converted), lowered.delegates, lowered.outside, float_sqnr, verification,
-        work, dict(stages.seconds), lowered.free,
+        work, dict(stages.seconds), lowered.free, example_inputs,
     )  # fmt: skip
 
 

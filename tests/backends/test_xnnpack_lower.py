@@ -91,3 +91,14 @@ def test_a_free_batch_of_float_inputs_to_quantized_weights():
         inputs = (torch.randn(size, 3, 16),)
         ((actual,),) = run_in_child(pte, [inputs])
         torch.testing.assert_close(actual, converted(*inputs), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_float_batch_norms_of_modules_that_are_named_by_numbers():
+    """ExecuTorch folds them, and then looks for parameters by names that begin with a digit."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)))
+    model(torch.randn(8, 3, 6, 6) * 3 + 1)
+    inputs = (torch.randn(1, 3, 6, 6),)
+    lowered = lower_float(model.eval(), inputs)
+    torch.testing.assert_close(run_in_child(lowered.pte, [inputs])[0][0], model(*inputs), rtol=1e-4, atol=1e-4)
+    assert (lowered.delegates, lowered.outside) == (1, ())
