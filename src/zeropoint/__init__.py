@@ -23,13 +23,16 @@ from zeropoint.graph.capture import capture
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
 from zeropoint.report.benchmark import Benchmark
 from zeropoint.report.check_convert import ConvertCheck, check_convert
+from zeropoint.report.compare import compare
 from zeropoint.report.operator_table import summary
+from zeropoint.report.site_table import Comparison
 from zeropoint.workflow import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Benchmark",
+    "Comparison",
     "ComposableQuantizer",
     "ConvertCheck",
     "Decision",
@@ -53,6 +56,7 @@ __all__ = [
     "bench",
     "capture",
     "check_convert",
+    "compare",
     "convert_pt2e",
     "for_torchao",
     "prepare_pt2e",

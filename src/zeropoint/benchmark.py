@@ -37,8 +37,8 @@ def bench(
 ) -> Benchmark:
     """Returns what the float and the quantized file take on the ExecuTorch runtime, and why it is not less.
 
-    Both run in one child process in turn, so that other work on the machine meets both; memory is measured in a process
-    for each. Sizes that are free in the quantized model are free in the float file.
+    Both run in one child process in turn; memory is measured in a process for each. Sizes that are free in the
+    quantized model are free in the float file.
 
     Args:
         float_model: the model that was quantized: a module, an exported program or its ``.module()``.
@@ -50,11 +50,9 @@ def bench(
 
     Raises:
         SpecError: a number that cannot be, or no inputs for a converted model.
-        CaptureError: the float model cannot be exported, or ``quantized`` is no quantized model.
-        GraphError: the float model is prepared or converted.
+        CaptureError, GraphError: the float model cannot be exported, or is quantized; or ``quantized`` is not.
         CalibrationError: the inputs do not fit the model.
-        LoweringError: ExecuTorch does not take the model.
-        RuntimeFailure: a file does not run; gives the runtime's words.
+        LoweringError, RuntimeFailure: ExecuTorch does not take the model, or a file does not run.
         MissingExtraError: executorch is not installed.
     """
     runs, warmup = _at_least("runs", runs, 1), _at_least("warmup", warmup, 0)

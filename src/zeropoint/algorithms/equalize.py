@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from zeropoint.algorithms.watch import watch
 from zeropoint.core.errors import NonFiniteError
+from zeropoint.core.policy import EQUALIZED_KEY
 from zeropoint.graph.attributes import attribute_reads, get_attribute, set_parameter
 from zeropoint.graph.bind import argument
 from zeropoint.graph.chains import sole_reader
@@ -145,6 +146,7 @@ def _apply(model: GraphModule, pair: Pair, factor: torch.Tensor) -> None:
         _set(model, bias, _get(model, bias) / factor)
     following = argument(pair.second, "weight")
     _set(model, following, scale_inputs(pair.second, _get(model, following), factor))
+    model.meta.setdefault(EQUALIZED_KEY, []).append((pair.first.name, pair.second.name, factor))
 
 
 def _get(model: GraphModule, node: Node) -> torch.Tensor:

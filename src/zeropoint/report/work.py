@@ -68,11 +68,13 @@ def _work(model: GraphModule) -> Iterator[NodeWork]:
     for node in model.graph.nodes:
         if node in constants or (node.target not in FACTORS and node.target not in OTHERS):
             continue
-        amount = _multiply_accumulates(node) if node.target in FACTORS else _counted(node)
-        is_integer = node.target in FACTORS and all(
-            _is_quantized(argument(node, name)) for name in FACTORS[node.target]
-        )
+        amount, is_integer = multiply_accumulates(node), node.target in FACTORS and is_integer_layer(node)
         yield NodeWork(node.name, operator_name(node), module_path(node), amount, is_integer, _is_depthwise(node))
+
+
+def is_integer_layer(node: Node) -> bool:
+    """True where both factors are quantized; with the weight alone, a layer is computed in float."""
+    return all(_is_quantized(argument(node, name)) for name in FACTORS[node.target])
 
 
 def _is_quantized(factor: Node) -> bool:
@@ -81,7 +83,10 @@ def _is_quantized(factor: Node) -> bool:
     return factor.target in ops.DEQUANTIZE_OPS
 
 
-def _multiply_accumulates(node: Node) -> int:
+def multiply_accumulates(node: Node) -> int:
+    """Returns those of an operator that multiplies and accumulates, for the sizes that the model was exported with."""
+    if node.target not in FACTORS:
+        return _counted(node)
     first, second = (_shape(argument(node, name)) for name in FACTORS[node.target])
     if node.target in TRANSPOSED:
         return math.prod(first) * math.prod(second[1:])

@@ -1,0 +1,243 @@
+"""The comparison of two models, batch by batch."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from zeropoint.core.errors import ComparisonError, NonFiniteError
+from zeropoint.graph.capture import capture
+from zeropoint.graph.constants import evaluate
+from zeropoint.graph.graph_pass import bodies
+from zeropoint.graph.inputs import inputs_for
+from zeropoint.graph.observers import has_observers
+from zeropoint.graph.source import module_path, operator_name, source_line
+from zeropoint.numerics.sqnr import sqnr_db
+from zeropoint.report.compared_sites import Seen, Site, SiteWatch, Sums, find_sites, groups_of, is_float
+from zeropoint.report.convergence import Convergence, RangeConvergence, range_convergence
+from zeropoint.report.cures import SMALLEST_GAIN_DB, Cure, Patient, find_cures, mean_db
+from zeropoint.report.lockstep import Lockstep
+from zeropoint.report.node_errors import ErrorSums, NodeErrors, parts_db
+from zeropoint.report.site_gains import NoiseAtOutput
+from zeropoint.report.site_reasons import channel_spread, grid_of, reason, spread_scale
+from zeropoint.report.site_table import Comparison, NodeRow, SiteRow
+from zeropoint.report.twin import WHERE, float_constants, folded, is_dequantize
+
+STUDIED = 4
+"""One batch of so many is differentiated, and its operators computed on mixed inputs."""
+TRIED_BATCHES = 4
+"""Cures are tried on so many batches."""
+SAME_GRAPH_DB = 40.0
+"""The graph of the quantized model, computed in float, has to give what the float model gives: by so many dB."""
+
+
+class Comparing:
+    """A float model and a quantized one, compared batch by batch.
+
+    Args:
+        float_model: as in ``compare``.
+        quantized: a graph with quantize and dequantize operators.
+    """
+
+    def __init__(self, float_model: Any, quantized: GraphModule) -> None:
+        self.float_model, self.quantized = float_model, quantized
+        self.sites = find_sites(quantized)
+        self.groups = groups_of(self.sites)
+        self.sums = {site: Sums() for site in self.sites}
+        self.outputs: list[Sums] = []
+        self.kept: list[tuple[tuple[Any, ...], list[Any]]] = []
+        self.spread: dict[Site, tuple[float, int]] = {}
+        self._random = random.Random(0)
+        self.batches = 0
+
+    def compare(self, data: Iterable[Any], measure: int) -> Comparison:
+        """Returns the comparison over all batches, with so many cures."""
+        for index, batch in enumerate(data):
+            inputs = inputs_for(self.quantized, batch, f"{WHERE}, batch {index}")
+            if index == 0:
+                self._begin(inputs)
+            self._see_batch(index, inputs)
+        if not self.batches:
+            remedy = "Give some batches of real data, as for calibration."
+            raise ComparisonError("data is empty", where=WHERE, remedy=remedy)
+        self._see_weights()
+        patient = Patient(self.run, self.sites, self.groups, self.kept)
+        return self._comparison(self._cures(patient, measure))
+
+    def _begin(self, inputs: tuple[Any, ...]) -> None:
+        """Takes the float model's constants, and checks on a batch that the two are one network."""
+        captured = _captured(self.float_model, inputs)
+        self.run = Lockstep(self.quantized, float_constants(self.quantized, folded(captured)))
+        self.grids = {site: grid_of(site, self.run) for site in self.sites}
+        self.scales = {site: spread_scale(site, grid[0]) for site, grid in self.grids.items() if grid[0].numel()}
+        self.gains = NoiseAtOutput(self.run, self.sites)
+        self.nodes = NodeErrors(self.run, self.sites)
+        with torch.no_grad():
+            expected = pytree.tree_leaves(folded(captured)(*pytree.tree_map(_copied, inputs)))
+            found = pytree.tree_leaves(self.run.run(inputs, _ignore)[0])
+        self.run.restart()
+        _require_one_network(expected, found)
+
+    def _see_batch(self, index: int, inputs: tuple[Any, ...]) -> None:
+        if index % STUDIED == 0:
+            outputs, actual = self.gains.study(inputs, self._study_site, self.nodes.see_node)
+            self.nodes.forget()
+        else:
+            with torch.no_grad():
+                outputs, actual = self.run.run(inputs, SiteWatch(self.sites, self._see_site))
+        expected, found = pytree.tree_leaves(outputs), pytree.tree_leaves(actual)
+        self.outputs = self.outputs or [Sums() for _ in expected]
+        for sums, wanted, each in zip(self.outputs, expected, found, strict=True):
+            if is_float(wanted):
+                _require_finite(wanted, index)
+                sums.add(wanted, each)
+        self._keep(index, (pytree.tree_map(_copied, inputs), [_copied(each) for each in expected]))
+        self.batches += 1
+
+    def _keep(self, index: int, batch: tuple[tuple[Any, ...], list[Any]]) -> None:
+        """Keeps a few batches to try cures on: any, but of a model with state the first ones, which go on from it."""
+        if index < TRIED_BATCHES:
+            self.kept.append(batch)
+        elif not self.run.has_state and (place := self._random.randrange(index + 1)) < TRIED_BATCHES:
+            self.kept[place] = batch
+
+    def _study_site(self, site: Site, seen: Seen) -> None:
+        self.nodes.see_site(site, seen)
+        self._see_site(site, seen)
+        self.spread[site] = channel_spread(seen.reference.detach(), 1 if seen.reference.dim() > 2 else -1)
+
+    def _see_site(self, site: Site, seen: Seen) -> None:
+        sums, reference = self.sums[site], seen.reference.detach()
+        sums.add(reference, seen.after)
+        sums.add_own(seen.before, seen.after, self.scales.get(site))
+        sums.add_codes(seen.integers, *site.limits)
+        low, high = torch.aminmax(reference)
+        sums.ranges.append((float(low), float(high)))
+
+    def _see_weights(self) -> None:
+        for site in self.sites:
+            if site.kind == "weight":
+                value, rounded = self.run.float_weight(site), self.run.known[site.dequantizes[0]]
+                self.sums[site].add(value, rounded)
+                self.sums[site].add_own(value, rounded, self.scales.get(site))
+                self.sums[site].add_codes(evaluate(self.quantized, site.node), *site.limits)
+                self.spread[site] = channel_spread(value, 0)
+
+    def _cures(self, patient: Patient, measure: int) -> tuple[Cure, ...]:
+        """Returns what to do about the sites that cost most: at most so many, each of some weight."""
+        noise = self._noise_of_groups()
+        order = sorted(noise, key=lambda site: -noise[site])[: max(measure, 0)]
+        rest, costly = sum(noise.values()), list[Site]()
+        for site in order:
+            if gain(noise[site], rest) < SMALLEST_GAIN_DB:
+                break
+            costly.append(site)
+            rest -= noise[site]
+        return find_cures(patient, costly) if costly else ()
+
+    def _noise_of_groups(self) -> dict[Site, float]:
+        """Returns the noise at the outputs of each group, under its first site."""
+        firsts = dict.fromkeys(self.groups[site][0] for site in self.sites)
+        return {first: sum(self.gains.noise[each] for each in self.groups[first]) for first in firsts}
+
+    def _comparison(self, cures: tuple[Cure, ...]) -> Comparison:
+        groups = self._noise_of_groups()
+        total = sum(groups.values())
+        order = sorted(self.sites, key=lambda s: (-groups[self.groups[s][0]], -self.gains.noise[s]))
+        rows = tuple(self._row(site, groups[self.groups[site][0]], total) for site in order)
+        nodes = tuple(_node_row(node, sums) for node, sums in self.nodes.sums.items())
+        outputs = tuple(each.sqnr_db if each.count else math.nan for each in self.outputs)
+        ranges = sorted(self._ranges(), key=lambda each: -each.moved_steps)
+        convergence = Convergence(self.batches, tuple(ranges))
+        return Comparison(
+            rows, nodes, outputs, mean_db(self.outputs), cures, convergence, self.batches,
+            tuple(self._notes()),
+        )  # fmt: skip
+
+    def _row(self, site: Site, group: float, total: float) -> SiteRow:
+        sums, (scale, zero_point) = self.sums[site], self.grids[site]
+        place = site.source if site.kind == "activation" else site.readers[0]
+        unused = math.nan if sums.codes is None else 1 - float(sums.codes.float().mean())
+        clipped = sums.clipped / sums.count if sums.count else 0.0
+        return SiteRow(
+            site.name, site.kind, operator_name(place), module_path(place), source_line(place), _shape(site.source),
+            tuple(scale.flatten().tolist()), tuple(int(each) for each in zero_point.flatten().tolist()), sums.sqnr_db,
+            sums.own_sqnr_db, sums.cosine, sums.largest, sums.largest_steps, clipped, unused,
+            self.gains.noise[site] / total if total else 0.0, gain(group, total),
+            reason(site, sums, self.spread.get(site), clipped, unused),
+        )  # fmt: skip
+
+    def _ranges(self) -> Iterator[RangeConvergence]:
+        for site in self.sites:
+            scale = self.grids[site][0]
+            if site.kind == "activation" and scale.numel() == 1:
+                yield range_convergence(site.name, self.sums[site].ranges, float(scale))
+
+    def _notes(self) -> Iterator[str]:
+        if self.gains.failure:
+            yield f"the gains are not known: {self.gains.failure}"
+        inside = sum(is_dequantize(node) for _, body in bodies(self.quantized) for node in body.graph.nodes)
+        if inside:
+            yield f"{inside} dequantize operators inside of control flow were not compared one by one"
+
+
+def gain(part: float, total: float) -> float:
+    """Returns the dB that a part of the noise is worth."""
+    rest = 1 - part / total if total else 1.0
+    return -10 * math.log10(max(rest, 1e-6))
+
+
+def _node_row(node: Node, sums: ErrorSums) -> NodeRow:
+    place = (node.name, operator_name(node), module_path(node), source_line(node))
+    return NodeRow(*place, sums.total.sqnr_db, *parts_db(sums))
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    value = node.meta.get("val")
+    return tuple(size if isinstance(size, int) else -1 for size in value.shape) if value is not None else ()
+
+
+def _captured(model: Any, inputs: tuple[Any, ...]) -> GraphModule:
+    captured = capture(model, inputs)
+    is_other = has_observers(captured) or any(is_dequantize(node) for node in captured.graph.nodes)
+    if is_other:
+        what = "the float model is prepared or converted: both change the graph that they are given"
+        remedy = "Give the module, or another export of it: torch.export.export(...).module()."
+        raise ComparisonError(what, where=WHERE, remedy=remedy)
+    return captured
+
+
+def _require_one_network(expected: list[Any], found: list[Any]) -> None:
+    """Raises unless the float model gives what the quantized graph gives in float."""
+    remedy = "Give the float model that the quantized one was made of."
+    if len(expected) != len(found):
+        what = f"the float model returns {len(expected)} values, the quantized one {len(found)}"
+        raise ComparisonError(what, where=WHERE, remedy=remedy)
+    if not any(map(is_float, expected)):
+        raise ComparisonError("the models return no real values, whose noise could be measured", where=WHERE)
+    for index, (wanted, each) in enumerate(zip(expected, found, strict=True)):
+        if is_float(wanted):
+            _require_finite(wanted, 0)
+        if is_float(wanted) and (ratio := sqnr_db(wanted, each)) < SAME_GRAPH_DB and bool(wanted.any()):
+            what = f"output {index} of the quantized graph, computed in float, is not that of the float model"
+            raise ComparisonError(f"{what}: SQNR {ratio:.1f} dB", where=WHERE, remedy=remedy)
+
+
+def _require_finite(value: torch.Tensor, batch: int) -> None:
+    if bool(value.isnan().any()):
+        what = "the float model returns NaN"
+        raise NonFiniteError(what, where=f"{WHERE}, batch {batch}", remedy="Look at the data and the weights.")
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _ignore(*_: Any) -> None:
+    pass

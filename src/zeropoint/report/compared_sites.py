@@ -1,0 +1,297 @@
+"""The sites of a converted model, and what is summed up of each over the data."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.fx import GraphModule, Node, map_arg
+
+from zeropoint.graph.bind import reads
+from zeropoint.graph.constants import constant_nodes
+from zeropoint.graph.layers import CLAMPS
+from zeropoint.report.coverage import ONLY_CONSTANTS
+from zeropoint.report.record import record_of
+from zeropoint.report.twin import chooses_qparams, is_dequantize, is_quantize
+
+MOST_CODES = 2**16
+"""So many values of a tensor, evenly spread, are looked at for the codes that are used; and types of so many codes."""
+
+CLIPPED_STEPS = 0.51
+"""What is moved by more steps of the scale was not rounded but clipped."""
+
+Kind = Literal["activation", "weight"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Site:
+    """A tensor that is quantized.
+
+    Args:
+        node: the quantize operator of an activation, or the integers of a constant.
+        source: what is quantized: the node that computes it, or the constant.
+        dequantizes: the dequantize operators that read the integers.
+        readers: the nodes that read those.
+        annotators: the nodes that ask for it: it stays float when all of them do. Empty: none is known.
+        kind: activation or weight.
+        is_dynamic: the range is that of each tensor.
+    """
+
+    node: Node
+    source: Node
+    dequantizes: tuple[Node, ...]
+    readers: tuple[Node, ...]
+    annotators: frozenset[Node]
+    kind: Kind
+    is_dynamic: bool = False
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The smallest and the largest integer."""
+        return limits_of(self.dequantizes[0])
+
+    @property
+    def name(self) -> str:
+        """What is quantized: the node that computes an activation, or who reads a constant and as what."""
+        if self.kind == "activation":
+            return self.source.name
+        named = [str(site) for reader in self.readers for site, read in reads(reader) if read in self.dequantizes]
+        return named[0] if named else self.source.name
+
+
+def limits_of(dequantize: Node) -> tuple[int, int]:
+    """Returns the smallest and the largest integer that a quantize or dequantize operator names."""
+    schema = getattr(dequantize.target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    bound = dict(zip(names, dequantize.args, strict=False)) | dequantize.kwargs
+    low, high = bound.get("quant_min"), bound.get("quant_max")
+    return (-128 if low is None else int(low), 127 if high is None else int(high))  # type: ignore[arg-type]
+
+
+def find_sites(model: GraphModule) -> list[Site]:
+    """Returns the sites of a converted model, in the order of the graph."""
+    constants = constant_nodes(model)
+    stays_float = {r.node for r in record_of(model).coverage if r.reason and r.reason != ONLY_CONSTANTS}
+    found: list[Site] = []
+    for node in model.graph.nodes:
+        dequantizes = tuple(user for user in node.users if is_dequantize(user) and user.args[0] is node)
+        readers = tuple(dict.fromkeys(reader for each in dequantizes for reader in each.users))
+        if not readers:
+            continue
+        if not is_quantize(node):
+            found.append(Site(node, node, dequantizes, readers, frozenset(readers), "weight"))
+            continue
+        source = node.args[0]
+        assert isinstance(source, Node)
+        is_dynamic = any(_is_chosen(each) for each in node.all_input_nodes)
+        asking = [n for n in readers if n.name not in stays_float and n.op != "output"]
+        if source not in constants and not is_dynamic:
+            asking += [n for n in chain_of(source) if n.name not in stays_float]
+        kind: Kind = "weight" if source in constants else "activation"
+        found.append(Site(node, source, dequantizes, readers, frozenset(asking), kind, is_dynamic))
+    return found
+
+
+def _is_chosen(node: Node) -> bool:
+    return chooses_qparams(node) or (node.target is operator.getitem and chooses_qparams(node.all_input_nodes[0]))
+
+
+def chain_of(node: Node) -> list[Node]:
+    """Returns the nodes that are computed as one with a node before it is quantized: a layer and its clamp."""
+    chain: list[Node] = []
+    while node.op == "call_function" and not is_dequantize(node):
+        chain.append(node)
+        if any(is_dequantize(read) for read in node.all_input_nodes):
+            return chain
+        if node.target not in CLAMPS:
+            break
+        node = node.all_input_nodes[0]
+    return []
+
+
+def groups_of(sites: list[Site]) -> dict[Site, tuple[Site, ...]]:
+    """Returns for each activation the activations with which it shares scale and zero point through one operator.
+
+    What the first of such a chain rounds, a pooling or a reshape moves on, and the next rounds as coarsely.
+    """
+    behind = {dequantize: site for site in sites for dequantize in site.dequantizes if site.kind == "activation"}
+    parent = {site: site for site in sites}
+
+    def root(site: Site) -> Site:
+        while parent[site] is not site:
+            site = parent[site]
+        return site
+
+    for site in sites:
+        if site.kind == "weight" or site.is_dynamic:
+            continue
+        sources = site.source.all_input_nodes if site.source.op == "call_function" else []
+        for before in (behind[read] for read in sources if read in behind):
+            if before.node.args[1:] == site.node.args[1:]:
+                parent[root(site)] = root(before)
+    members: dict[Site, list[Site]] = {}
+    for site in sites:
+        members.setdefault(root(site), []).append(site)
+    return {site: tuple(each) for each in members.values() for site in each}
+
+
+@dataclass(slots=True)
+class Sums:
+    """What is summed up of a site, or of an output, over the batches."""
+
+    signal: float = 0.0
+    actual: float = 0.0
+    error: float = 0.0
+    own_signal: float = 0.0
+    own_error: float = 0.0
+    largest: float = 0.0
+    largest_steps: float = 0.0
+    clipped_error: float = 0.0
+    clipped: int = 0
+    count: int = 0
+    codes: torch.Tensor | None = None
+    ranges: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
+    """Smallest and largest float value of each batch."""
+
+    def add(self, reference: torch.Tensor, actual: torch.Tensor) -> None:
+        """Adds a batch: the float tensor, and that of the quantized model."""
+        error = difference(actual, reference)
+        self.signal += power(reference)
+        self.actual += power(actual)
+        self.error += power(error)
+        self.largest = max(self.largest, _largest(error))
+        self.count += error.numel()
+
+    def add_own(self, before: torch.Tensor, after: torch.Tensor, scale: torch.Tensor | None) -> None:
+        """Adds what rounding did to a tensor: what was quantized, what came out, and the scale that broadcasts."""
+        error = difference(after, before)
+        self.own_signal += power(before)
+        self.own_error += power(error)
+        if scale is None:
+            return
+        if scale.numel() == 1:
+            largest = _largest(error) / float(scale)
+        else:
+            largest = _largest(error / scale)
+        self.largest_steps = max(self.largest_steps, largest)
+        if largest > CLIPPED_STEPS:
+            is_clipped = error.abs() > CLIPPED_STEPS * scale
+            self.clipped += int(is_clipped.sum())
+            self.clipped_error += power(error[is_clipped])
+
+    def add_codes(self, integers: torch.Tensor, low: int, high: int) -> None:
+        """Marks the codes that a tensor uses."""
+        if high - low >= MOST_CODES:
+            return
+        if self.codes is None:
+            self.codes = torch.zeros(high - low + 1, dtype=torch.bool)
+        every = max(1, integers.numel() // MOST_CODES)
+        some = integers.reshape(-1)[::every].to(torch.int64) - low
+        self.codes |= torch.bincount(some.clamp(0, high - low).cpu(), minlength=high - low + 1) > 0
+
+    @property
+    def sqnr_db(self) -> float:
+        """SQNR in dB of the quantized model's tensor against the float one."""
+        return decibels(self.signal, self.error)
+
+    @property
+    def own_sqnr_db(self) -> float:
+        """SQNR in dB of what rounding did here."""
+        return decibels(self.own_signal, self.own_error)
+
+    @property
+    def cosine(self) -> float:
+        """The cosine between the two tensors; 1 where both are 0."""
+        product = math.sqrt(self.signal * self.actual)
+        return (self.signal + self.actual - self.error) / (2 * product) if product else float(self.error == 0)
+
+
+def decibels(signal: float, error: float) -> float:
+    """Returns a ratio of powers in dB."""
+    if error == 0:
+        return math.inf
+    return 10 * math.log10(signal / error) if signal else -math.inf
+
+
+def difference(actual: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Returns the error; 0 where the reference is infinite, as in a mask, which no grid has."""
+    error = actual.detach() - reference.detach()
+    return error if math.isfinite(float(error.sum())) else error.masked_fill(~reference.isfinite(), 0.0)
+
+
+def power(value: torch.Tensor) -> float:
+    """Returns the sum of squares of the finite values."""
+    flat = value.detach().reshape(-1)
+    flat = flat if flat.dtype == torch.float32 else flat.float()
+    found = float(torch.dot(flat, flat))
+    return found if math.isfinite(found) else float(flat[flat.isfinite()].double().square().sum())
+
+
+def _largest(error: torch.Tensor) -> float:
+    if not error.numel():
+        return 0.0
+    low, high = torch.aminmax(error)
+    return max(-float(low), float(high))
+
+
+def is_float(value: Any) -> bool:
+    """True for a tensor of real values."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Seen:
+    """An activation site in a batch.
+
+    Args:
+        reference: its float value.
+        before, integers, after: what is quantized in the quantized model, as integers, and dequantized.
+        rounded: the float value quantized and dequantized; None where that was not asked for.
+    """
+
+    reference: torch.Tensor
+    before: torch.Tensor
+    integers: torch.Tensor
+    after: torch.Tensor
+    rounded: torch.Tensor | None = None
+
+
+class SiteWatch:
+    """Calls ``look(site, seen)`` for each activation site of a lock-step run, in the order of the graph.
+
+    Args:
+        sites: all sites of the model.
+        look: what to call.
+        rounds_floats: round the float values too.
+    """
+
+    def __init__(self, sites: Iterable[Site], look: Callable[[Site, Seen], None], rounds_floats: bool = False) -> None:
+        activations = [site for site in sites if site.kind == "activation"]
+        self._look, self._rounds_floats = look, rounds_floats
+        self._quantizes = {site.node: site for site in activations}
+        self._dequantizes = {site.dequantizes[0]: site for site in activations}
+        self._before: dict[Site, tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    @torch.no_grad()
+    def __call__(self, node: Node, reference: Any, actual: Any, floats: Any, quantized: Any) -> None:
+        """Looks at a node: its float and its quantized value, and those of all that is read later."""
+        if node in self._quantizes:
+            site = self._quantizes[node]
+            rounded = _again(node, reference.detach(), quantized) if self._rounds_floats else None
+            self._before[site] = quantized[site.source], rounded
+        elif node in self._dequantizes:
+            site = self._dequantizes[node]
+            before, integers = self._before.pop(site)
+            rounded = None if integers is None else _again(node, integers, quantized)
+            self._look(site, Seen(reference, before, quantized[site.node], actual, rounded))
+
+
+def _again(node: Node, value: torch.Tensor, values: dict[Node, Any]) -> torch.Tensor:
+    """Returns what an operator gives for another first argument."""
+    args, kwargs = map_arg((node.args[1:], node.kwargs), lambda n: values[n])
+    assert callable(node.target)
+    return node.target(value, *args, **kwargs)

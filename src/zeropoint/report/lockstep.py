@@ -1,0 +1,195 @@
+"""Run a converted model in float and quantized at once, node by node."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node, map_arg
+from torch.utils import _pytree as pytree
+
+from zeropoint.graph.attributes import get_attribute
+from zeropoint.graph.constants import constant_nodes, evaluate, mutated_attributes
+from zeropoint.graph.graph_pass import bodies
+from zeropoint.report.twin import chooses_qparams, is_dequantize, is_quantize
+
+Look = Callable[[Node, Any, Any, dict[Node, Any], dict[Node, Any]], None]
+"""Called with a node, its float value, its quantized value, and the values of what it reads in either."""
+
+
+class Lockstep:
+    """A converted model, run in float and quantized on the same inputs.
+
+    In float, a quantize and a dequantize return what they read, and constants are those of the float model. Buffers
+    that the model writes to have a copy for each, which goes on from batch to batch.
+
+    Args:
+        model: converted, with quantize and dequantize operators.
+        constants: the float tensors of its constants.
+    """
+
+    def __init__(self, model: GraphModule, constants: dict[Node, torch.Tensor]) -> None:
+        self.model, self.constants = model, constants
+        self.nodes = list(model.graph.nodes)
+        self._dead = _last_reads(self.nodes)
+        self._float_bodies = {name: _without_quantization(body) for name, body in bodies(model)}
+        self._mutated = mutated_attributes(model.graph)
+        self.known = self._fixed_values()
+        self.restart()
+
+    @property
+    def has_state(self) -> bool:
+        """True when the model writes to buffers."""
+        return bool(self._mutated)
+
+    def restart(self) -> None:
+        """Gives the buffers that the model writes to the values that they have in the model."""
+        start = {path: get_attribute(self.model, path).detach() for path in self._mutated}
+        self._buffers = tuple({path: value.clone() for path, value in start.items()} for _ in range(2))
+
+    def run(self, inputs: tuple[Any, ...], look: Look, with_gradients: bool = False) -> tuple[Any, Any]:
+        """Returns the outputs in float and quantized; ``look`` is called for each node in the order of the graph.
+
+        Args:
+            with_gradients: the float values can be differentiated.
+        """
+        leaves = iter(pytree.tree_leaves(inputs))
+        floats: dict[Node, Any] = {}
+        quantized: dict[Node, Any] = {}
+        for node in self.nodes:
+            if node.op == "placeholder":
+                value = next(leaves)
+                floats[node], quantized[node] = _input(value, with_gradients), _input(value, False)
+            else:
+                with torch.set_grad_enabled(with_gradients):
+                    floats[node] = self.float_value(node, floats)
+                quantized[node] = self.quantized_value(node, quantized)
+            look(node, floats[node], quantized[node], floats, quantized)
+            if node.op == "output":
+                break
+            for dead in self._dead[node]:
+                del floats[dead], quantized[dead]
+        self._detach()
+        return floats[self.nodes[-1]], quantized[self.nodes[-1]]
+
+    def run_quantized(self, inputs: tuple[Any, ...], cure: Any = None) -> Any:
+        """Returns the outputs of the quantized model.
+
+        Args:
+            cure: gives another value of a node, from the node and the values so far, or None.
+        """
+        leaves, values = iter(pytree.tree_leaves(inputs)), dict[Node, Any]()
+        for node in self.nodes:
+            other = cure(node, values) if cure is not None else None
+            if other is not None:
+                values[node] = other
+            elif node.op == "placeholder":
+                values[node] = _input(next(leaves), False)
+            else:
+                values[node] = self.quantized_value(node, values)
+            for dead in self._dead[node]:
+                del values[dead]
+        return values[self.nodes[-1]]
+
+    def quantized_value(self, node: Node, values: dict[Node, Any]) -> Any:
+        """Returns what a node computes in the quantized model."""
+        if node in self.known:
+            return self.known[node]
+        if node.op == "get_attr":
+            path = str(node.target)
+            return self._buffers[1][path] if path in self._mutated else attribute(self.model, path)
+        return _computed(self.model, node, values)
+
+    def float_value(self, node: Node, values: dict[Node, Any]) -> Any:
+        """Returns what a node computes in float."""
+        if node.op == "get_attr":
+            path = str(node.target)
+            if path in self._mutated:
+                return self._buffers[0][path]
+            return self._float_bodies.get(path) or self.constant(node)
+        if is_quantize(node):
+            source = values[node.args[0]]  # type: ignore[index]
+            return source.view_as(source)  # Its own, so that the gradient is that of what reads these integers.
+        if is_dequantize(node):
+            return values[node.args[0]]  # type: ignore[index]
+        if chooses_qparams(node):
+            return None
+        if node.target is operator.getitem and values[node.args[0]] is None:  # type: ignore[index]
+            return None
+        return _computed(self.model, node, values)
+
+    def _fixed_values(self) -> dict[Node, torch.Tensor]:
+        """Returns the constants that are stored as integers, dequantized: once, not for each batch."""
+        constants = constant_nodes(self.model)
+        return {node: evaluate(self.model, node) for node in self.nodes if node in constants and is_dequantize(node)}
+
+    def float_weight(self, site: Any) -> torch.Tensor:
+        """Returns the float tensor of a site that is a constant."""
+        found = self.constants.get(site.source)
+        return evaluate(self.model, site.source) if found is None else found
+
+    def constant(self, node: Node) -> Any:
+        """Returns a constant of the float model; where that has none, of the converted one, dequantized."""
+        if node in self.constants:
+            return self.constants[node]
+        return attribute(self.model, str(node.target))
+
+    def _detach(self) -> None:
+        for path in self._buffers[0]:
+            self._buffers[0][path] = self._buffers[0][path].detach()
+
+
+def attribute(model: GraphModule, path: str) -> Any:
+    """Returns a tensor without its gradient, or a submodule, by its path."""
+    owner, _, name = path.rpartition(".")
+    value = getattr(model.get_submodule(owner), name)
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def _computed(model: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
+    if node.op == "output":
+        return map_arg(node.args[0], lambda n: values[n])
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
+    if node.op == "call_module":
+        return model.get_submodule(str(node.target))(*args, **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _input(value: Any, with_gradient: bool) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach().clone()
+    if with_gradient and value.is_floating_point():
+        with torch.enable_grad():
+            return value.requires_grad_().clone()  # Operators may write to it, which a leaf forbids.
+    return value
+
+
+def _last_reads(nodes: Collection[Node]) -> dict[Node, list[Node]]:
+    """Returns for each node those that no later one reads."""
+    seen, found = set[Node](), {node: list[Node]() for node in nodes}
+    for node in reversed(list(nodes)):
+        for read in node.all_input_nodes:
+            if read not in seen:
+                seen.add(read)
+                found[node].append(read)
+        if node not in seen and node.op != "output":
+            found[node].append(node)
+    return found
+
+
+def _without_quantization(body: GraphModule) -> GraphModule:
+    """Returns a copy of a body of control flow in which nothing is rounded but its constants."""
+    copied = copy.deepcopy(body)
+    for node in list(copied.graph.nodes):
+        quantized = node.args[0] if is_dequantize(node) else None
+        if isinstance(quantized, Node) and is_quantize(quantized):
+            node.replace_all_uses_with(quantized.args[0])  # type: ignore[arg-type]
+            copied.graph.erase_node(node)
+    copied.graph.eliminate_dead_code()
+    copied.recompile()
+    return copied
