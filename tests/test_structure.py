@@ -10,7 +10,7 @@ SOURCE = ROOT / "src" / "zeropoint"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = {
     "pt2e": 9, "cli": 9,
-    "api": 8, "benchmark": 8, "workflow": 8, "calibration": 8, "checkpoint": 8, "distributed": 8,
+    "api": 8, "benchmark": 8, "reporting": 8, "workflow": 8, "calibration": 8, "checkpoint": 8, "distributed": 8,
     "algorithms": 7, "runtime": 7, "report": 7,
     "passes": 6, "backends": 5, "annotate": 4, "graph": 3, "numerics": 2, "core": 1,
 }  # fmt: skip

@@ -26,6 +26,7 @@ from zeropoint.report.check_convert import ConvertCheck, check_convert
 from zeropoint.report.compare import compare
 from zeropoint.report.operator_table import summary
 from zeropoint.report.site_table import Comparison
+from zeropoint.reporting import write_report
 from zeropoint.workflow import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
 __version__ = "0.1.0"
@@ -63,4 +64,5 @@ __all__ = [
     "prepare_qat_pt2e",
     "quantize",
     "summary",
+    "write_report",
 ]

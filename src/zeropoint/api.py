@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -27,7 +26,7 @@ from zeropoint.core.extras import require_extra
 from zeropoint.core.files import write_atomically
 from zeropoint.graph.attributes import get_attribute, set_parameter
 from zeropoint.graph.capture import capture
-from zeropoint.graph.constants import mutated_attributes
+from zeropoint.graph.constants import mutated_attributes, with_own_buffers
 from zeropoint.graph.observers import has_observers
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
 from zeropoint.numerics.sqnr import sqnr_db
@@ -40,6 +39,7 @@ from zeropoint.report.speed import speed_note, work_of
 from zeropoint.report.stages import Stages
 from zeropoint.report.summary import bias_lines, coverage_lines, decibels, size_line
 from zeropoint.report.tensors import float_weight_lines, quantized_tensors
+from zeropoint.reporting import agreement_text, write_report
 from zeropoint.runtime.verify import Verification
 from zeropoint.runtime.verify import verify as verify_file
 from zeropoint.workflow import convert_pt2e, prepare_pt2e
@@ -69,6 +69,7 @@ class QuantizedModel:
         stages_s: seconds that each stage took.
         free: the largest size of each axis of an input that is free in the file, by ``input[axis]``.
         example_inputs: the positional inputs that ``quantize`` was given.
+        compared: the batches of the comparison with the float model.
     """
 
     model: GraphModule = field(repr=False)
@@ -82,6 +83,7 @@ class QuantizedModel:
     stages_s: dict[str, float]
     free: tuple[tuple[str, int], ...] = ()
     example_inputs: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    compared: tuple[tuple[Any, ...], ...] = field(default=(), repr=False, compare=False)
 
     @property
     def coverage(self) -> tuple[CoverageRow, ...]:
@@ -109,9 +111,13 @@ class QuantizedModel:
         """
         return write_atomically(path, self.pte)
 
+    def report(self, path: str | os.PathLike[str], **options: Any) -> Path:
+        """Writes an HTML file that shows all of this, and returns its path; options as of ``write_report``."""
+        return write_report(self, path, **options)
+
     def __str__(self) -> str:
         left = ", ".join(f"{name} {count}" for name, count in self.outside) or "nothing"
-        file = "not verified" if self.verification is None else f"{_agreement(self.verification)} on the runtime"
+        file = "not verified" if self.verification is None else f"{agreement_text(self.verification)} on the runtime"
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.stages_s.items())
         speed = [f"speed     {note}"] if (note := self.speed_note()) else []
         data = "calibration data" if "calibrate" in self.stages_s else "the example inputs"
@@ -184,7 +190,7 @@ def quantize(
     with stages.stage("export"):
         captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
         require_unprepared(captured, "quantize")
-        float_model = _copy(captured)
+        float_model = with_own_buffers(captured)
     with stages.stage("read data"):
         data = _data(calibration_data, example_inputs, float_model)
         is_calibrated = calibration_data is not None
@@ -217,7 +223,7 @@ def quantize(
     work = _accuracy_work(accuracy, equalized, correction, unasked)
     return QuantizedModel(
         converted, lowered.pte, record_of(converted), lowered.delegates, lowered.outside, float_sqnr, verification,
-        work, dict(stages.seconds), lowered.free, example_inputs,
+        work, dict(stages.seconds), lowered.free, example_inputs, tuple(compared),
     )  # fmt: skip
 
 
@@ -247,7 +253,7 @@ def _restart(model: GraphModule, beginning: GraphModule) -> None:
 
 def _float_sqnr(float_model: GraphModule, converted: GraphModule, batches: Sequence[tuple[Any, ...]]) -> float:
     """Returns the lowest SQNR of the converted model against the float one, both run on copies of their buffers."""
-    models = _copy(float_model), _copy(converted)
+    models = with_own_buffers(float_model), with_own_buffers(converted)
     return min(_compare(*models, inputs) for inputs in batches)
 
 
@@ -263,7 +269,7 @@ def _improve(
 ) -> tuple[GraphModule, list[Pair]]:
     """Returns a copy of the model to be quantized, and the pairs of layers that were equalized in it."""
     with stages.stage("canonicalize"):
-        working = _copy(float_model)
+        working = with_own_buffers(float_model)
         canonicalize(working)
         fold_batch_norm(working)
     pairs: list[Pair] = []
@@ -324,14 +330,6 @@ def _default_quantizer() -> Quantizer:
     return xnnpack.XNNPACKQuantizer().set_global(xnnpack.get_default_quantization_config())
 
 
-def _copy(model: GraphModule) -> GraphModule:
-    """Returns the model with a graph of its own, and buffers of its own where it writes to them; others are shared."""
-    copied = GraphModule(model, copy.deepcopy(model.graph))
-    for path in mutated_attributes(copied.graph):
-        set_parameter(copied, path, get_attribute(copied, path).detach().clone())
-    return copied
-
-
 def _require_quantized(prepared: GraphModule) -> None:
     rows = record_of(prepared).coverage
     if quantized_count(rows) == 0 and not has_observers(prepared):
@@ -348,11 +346,3 @@ def _compare(reference: GraphModule, model: GraphModule, inputs: tuple[Any, ...]
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def _agreement(verification: Verification) -> str:
-    notes = ", no value further than one step" if verification.within_one_step else ""
-    if not math.isinf(shaken := verification.shaken_db):
-        notes = f", the model against itself with other last bits {decibels(shaken)}"
-    ties = "" if verification.integers_equal else ", integers but for ties"
-    return f"{decibels(verification.sqnr_db)}{notes}{ties}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 
-from zeropoint.graph.attributes import get_attribute
+from zeropoint.graph.attributes import get_attribute, set_parameter
 from zeropoint.graph.compat import OpOverload, is_tensor_value
 from zeropoint.graph.memory import shares_memory_with, written_by
 from zeropoint.graph.schema import schema_of
@@ -23,6 +24,14 @@ def mutated_attributes(graph: Graph) -> set[str]:
         for source in written_by(node):
             written.update(attributes_behind(source))
     return written
+
+
+def with_own_buffers(model: GraphModule) -> GraphModule:
+    """Returns the model with a graph of its own, and buffers of its own where it writes to them; others are shared."""
+    copied = GraphModule(model, copy.deepcopy(model.graph))
+    for path in mutated_attributes(copied.graph):
+        set_parameter(copied, path, get_attribute(copied, path).detach().clone())
+    return copied
 
 
 def attributes_behind(node: Node) -> set[str]:
