@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -167,7 +168,8 @@ def _notes(facts: Facts) -> list[tuple[str, str]]:
     record = record_of(facts.model)
     notes: list[tuple[str, str]] = []
     if facts.comparison is not None:
-        notes += [_split(line) for line in facts.comparison.text(0).splitlines() if line.strip()][:8]
+        verdict = itertools.takewhile(str.strip, str(facts.comparison).splitlines())  # An empty line ends it.
+        notes += [_split(line) for line in verdict]
     lines = [*bias_lines(record.biases), *float_weight_lines(facts.model, record.converted_bytes)]
     notes += [_split(line) for line in lines]
     slow = facts.benchmark.why if facts.benchmark is not None else (speed_note(work_of(facts.model)),)

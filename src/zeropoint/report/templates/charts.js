@@ -138,7 +138,8 @@
     return { x: at, y: 1, yref: "paper", yanchor: "bottom", xanchor: anchor, text: text, showarrow: false, font: { size: 11, color: color("mark") } };
   }
 
-  function range(row) {
+  function range(row, width) {
+    const names = width < 500 ? ["", ""] : ["smallest ", "largest "];
     const middle = row.counts.map((_, i) => row.start + (i + 0.5) * row.step);
     return {
       traces: [{
@@ -149,7 +150,7 @@
       layout: {
         bargap: 0.05,
         shapes: [line(row.low, "mark"), line(row.high, "mark")],
-        annotations: [word(row.low, "smallest " + number(row.low), "left"), word(row.high, "largest " + number(row.high), "right")],
+        annotations: [word(row.low, names[0] + number(row.low), width < 500 ? "right" : "left"), word(row.high, names[1] + number(row.high), width < 500 ? "left" : "right")],
         xaxis: axis("value", { range: [row.start, row.start + row.counts.length * row.step] }),
         yaxis: axis("values", { type: "log", exponentformat: "power", dtick: 1 }),
       },
@@ -194,7 +195,7 @@
     });
     const show = function () {
       document.getElementById(textId).textContent = words(rows[select.selectedIndex]);
-      draw(chartId, () => build(rows[select.selectedIndex]));
+      draw(chartId, (width) => build(rows[select.selectedIndex], width));
     };
     select.addEventListener("change", show);
     for (const button of select.parentElement.querySelectorAll("[data-step]")) {
@@ -204,7 +205,7 @@
       });
     }
     document.getElementById(textId).textContent = words(rows[0]);
-    chart(chartId, () => build(rows[select.selectedIndex]));
+    chart(chartId, (width) => build(rows[select.selectedIndex], width));
   }
 
   chart("chart-sqnr", sqnr);
