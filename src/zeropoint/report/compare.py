@@ -27,7 +27,7 @@ def compare(
 ) -> Comparison:
     """Returns which sites of a quantized model cost its accuracy, why, and what to do.
 
-    Both models run in lock-step over the data; only four batches are kept. One batch in four is also
+    Both models run in lock-step over the data; only four batches are kept. One batch in eight is also
     differentiated, which tells to first order how much of the noise at the outputs each site makes.
 
     Args:

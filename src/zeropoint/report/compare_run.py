@@ -19,9 +19,9 @@ from zeropoint.graph.inputs import inputs_for
 from zeropoint.graph.observers import has_observers
 from zeropoint.graph.source import module_path, operator_name, source_line
 from zeropoint.numerics.sqnr import sqnr_db
-from zeropoint.report.compared_sites import Seen, Site, SiteWatch, Sums, find_sites, groups_of, is_float
+from zeropoint.report.compared_sites import Seen, Site, SiteWatch, Sums, find_sites, groups_of, is_float, some_of
 from zeropoint.report.convergence import Convergence, RangeConvergence, range_convergence
-from zeropoint.report.cures import SMALLEST_GAIN_DB, Cure, Patient, find_cures, mean_db
+from zeropoint.report.cures import SMALLEST_GAIN_DB, Cures, Patient, find_cures, mean_db
 from zeropoint.report.lockstep import Lockstep
 from zeropoint.report.node_errors import ErrorSums, NodeErrors, parts_db
 from zeropoint.report.site_gains import NoiseAtOutput
@@ -29,8 +29,10 @@ from zeropoint.report.site_reasons import channel_spread, grid_of, reason, sprea
 from zeropoint.report.site_table import Comparison, NodeRow, SiteRow
 from zeropoint.report.twin import WHERE, float_constants, folded, is_dequantize
 
-STUDIED = 4
-"""One batch of so many is differentiated, and its operators computed on mixed inputs."""
+STUDIED = 8
+"""One batch of so many, the first too, is differentiated, and its operators computed on mixed inputs."""
+MOST_VALUES = 2**13
+"""So many values of an activation are looked at in each batch, and more where it is studied."""
 TRIED_BATCHES = 4
 """Cures are tried on so many batches."""
 SAME_GRAPH_DB = 40.0
@@ -55,6 +57,7 @@ class Comparing:
         self.spread: dict[Site, tuple[float, int]] = {}
         self._random = random.Random(0)
         self.batches = 0
+        self.expected: list[Any] = []
 
     def compare(self, data: Iterable[Any], measure: int) -> Comparison:
         """Returns the comparison over all batches, with so many cures."""
@@ -71,27 +74,25 @@ class Comparing:
         return self._comparison(self._cures(patient, measure))
 
     def _begin(self, inputs: tuple[Any, ...]) -> None:
-        """Takes the float model's constants, and checks on a batch that the two are one network."""
-        captured = _captured(self.float_model, inputs)
-        self.run = Lockstep(self.quantized, float_constants(self.quantized, folded(captured)))
+        """Takes the float model's constants, and what it returns for a batch."""
+        reference = folded(_captured(self.float_model, inputs))
+        self.run = Lockstep(self.quantized, float_constants(self.quantized, reference))
         self.grids = {site: grid_of(site, self.run) for site in self.sites}
         self.scales = {site: spread_scale(site, grid[0]) for site, grid in self.grids.items() if grid[0].numel()}
-        self.gains = NoiseAtOutput(self.run, self.sites)
         self.nodes = NodeErrors(self.run, self.sites)
+        self.gains = NoiseAtOutput(self.run, self.sites, self.nodes)
         with torch.no_grad():
-            expected = pytree.tree_leaves(folded(captured)(*pytree.tree_map(_copied, inputs)))
-            found = pytree.tree_leaves(self.run.run(inputs, _ignore)[0])
-        self.run.restart()
-        _require_one_network(expected, found)
+            self.expected = pytree.tree_leaves(reference(*pytree.tree_map(_copied, inputs)))
 
     def _see_batch(self, index: int, inputs: tuple[Any, ...]) -> None:
         if index % STUDIED == 0:
-            outputs, actual = self.gains.study(inputs, self._study_site, self.nodes.see_node)
-            self.nodes.forget()
+            outputs, actual = self.gains.study(inputs, self._study_site)
         else:
             with torch.no_grad():
                 outputs, actual = self.run.run(inputs, SiteWatch(self.sites, self._see_site))
         expected, found = pytree.tree_leaves(outputs), pytree.tree_leaves(actual)
+        if index == 0:
+            _require_one_network(self.expected, expected)
         self.outputs = self.outputs or [Sums() for _ in expected]
         for sums, wanted, each in zip(self.outputs, expected, found, strict=True):
             if is_float(wanted):
@@ -108,17 +109,26 @@ class Comparing:
             self.kept[place] = batch
 
     def _study_site(self, site: Site, seen: Seen) -> None:
-        self.nodes.see_site(site, seen)
-        self._see_site(site, seen)
-        self.spread[site] = channel_spread(seen.reference.detach(), 1 if seen.reference.dim() > 2 else -1)
+        reference = seen.reference.detach()
+        self.spread[site] = channel_spread(reference, 1 if reference.dim() > 2 else -1)
+        self._add(site, reference, seen, MOST_VALUES * STUDIED)
 
     def _see_site(self, site: Site, seen: Seen) -> None:
-        sums, reference = self.sums[site], seen.reference.detach()
-        sums.add(reference, seen.after)
-        sums.add_own(seen.before, seen.after, self.scales.get(site))
-        sums.add_codes(seen.integers, *site.limits)
+        self._add(site, seen.reference, seen, MOST_VALUES)
+
+    def _add(self, site: Site, reference: torch.Tensor, seen: Seen, most: int) -> None:
+        sums, scale = self.sums[site], self.scales.get(site)
+        before, after = seen.before, seen.after
         low, high = torch.aminmax(reference)
         sums.ranges.append((float(low), float(high)))
+        factor = 1
+        if scale is None or scale.numel() == 1:
+            reference, factor = some_of(reference, most)
+            before, after = (some_of(each, most)[0] for each in (before, after))
+        sums.add(reference, after, factor)
+        sums.add_own(before, after, scale, factor)
+        if scale is not None and scale.numel() == 1:
+            sums.add_codes((after / scale).round() + self.grids[site][1].to(after), *site.limits)
 
     def _see_weights(self) -> None:
         for site in self.sites:
@@ -129,7 +139,7 @@ class Comparing:
                 self.sums[site].add_codes(evaluate(self.quantized, site.node), *site.limits)
                 self.spread[site] = channel_spread(value, 0)
 
-    def _cures(self, patient: Patient, measure: int) -> tuple[Cure, ...]:
+    def _cures(self, patient: Patient, measure: int) -> Cures:
         """Returns what to do about the sites that cost most: at most so many, each of some weight."""
         noise = self._noise_of_groups()
         order = sorted(noise, key=lambda site: -noise[site])[: max(measure, 0)]
@@ -139,14 +149,14 @@ class Comparing:
                 break
             costly.append(site)
             rest -= noise[site]
-        return find_cures(patient, costly) if costly else ()
+        return find_cures(patient, costly) if costly else Cures((), math.nan, math.nan)
 
     def _noise_of_groups(self) -> dict[Site, float]:
         """Returns the noise at the outputs of each group, under its first site."""
         firsts = dict.fromkeys(self.groups[site][0] for site in self.sites)
         return {first: sum(self.gains.noise[each] for each in self.groups[first]) for first in firsts}
 
-    def _comparison(self, cures: tuple[Cure, ...]) -> Comparison:
+    def _comparison(self, found: Cures) -> Comparison:
         groups = self._noise_of_groups()
         total = sum(groups.values())
         order = sorted(self.sites, key=lambda s: (-groups[self.groups[s][0]], -self.gains.noise[s]))
@@ -156,8 +166,8 @@ class Comparing:
         ranges = sorted(self._ranges(), key=lambda each: -each.moved_steps)
         convergence = Convergence(self.batches, tuple(ranges))
         return Comparison(
-            rows, nodes, outputs, mean_db(self.outputs), cures, convergence, self.batches,
-            tuple(self._notes()),
+            rows, nodes, outputs, mean_db(self.outputs), found.cures, found.after_db - found.before_db, convergence,
+            self.batches, tuple(self._notes()),
         )  # fmt: skip
 
     def _row(self, site: Site, group: float, total: float) -> SiteRow:
@@ -237,7 +247,3 @@ def _require_finite(value: torch.Tensor, batch: int) -> None:
 
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
-
-
-def _ignore(*_: Any) -> None:
-    pass

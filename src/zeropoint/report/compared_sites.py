@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch.fx import GraphModule, Node, map_arg
+from torch.fx import GraphModule, Node
 
 from zeropoint.graph.bind import reads
 from zeropoint.graph.constants import constant_nodes
@@ -24,6 +24,7 @@ MOST_CODES = 2**16
 CLIPPED_STEPS = 0.51
 """What is moved by more steps of the scale was not rounded but clipped."""
 
+Again = Callable[[Node, torch.Tensor, dict[Node, Any]], torch.Tensor]
 Kind = Literal["activation", "weight"]
 
 
@@ -157,20 +158,20 @@ class Sums:
     ranges: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
     """Smallest and largest float value of each batch."""
 
-    def add(self, reference: torch.Tensor, actual: torch.Tensor) -> None:
-        """Adds a batch: the float tensor, and that of the quantized model."""
+    def add(self, reference: torch.Tensor, actual: torch.Tensor, factor: int = 1) -> None:
+        """Adds a batch: the float tensor, and that of the quantized model; ``factor`` where they are a part of it."""
         error = difference(actual, reference)
-        self.signal += power(reference)
-        self.actual += power(actual)
-        self.error += power(error)
+        self.signal += factor * power(reference)
+        self.actual += factor * power(actual)
+        self.error += factor * power(error)
         self.largest = max(self.largest, _largest(error))
-        self.count += error.numel()
+        self.count += factor * error.numel()
 
-    def add_own(self, before: torch.Tensor, after: torch.Tensor, scale: torch.Tensor | None) -> None:
+    def add_own(self, before: torch.Tensor, after: torch.Tensor, scale: torch.Tensor | None, factor: int = 1) -> None:
         """Adds what rounding did to a tensor: what was quantized, what came out, and the scale that broadcasts."""
         error = difference(after, before)
-        self.own_signal += power(before)
-        self.own_error += power(error)
+        self.own_signal += factor * power(before)
+        self.own_error += factor * power(error)
         if scale is None:
             return
         if scale.numel() == 1:
@@ -180,8 +181,8 @@ class Sums:
         self.largest_steps = max(self.largest_steps, largest)
         if largest > CLIPPED_STEPS:
             is_clipped = error.abs() > CLIPPED_STEPS * scale
-            self.clipped += int(is_clipped.sum())
-            self.clipped_error += power(error[is_clipped])
+            self.clipped += factor * int(is_clipped.sum())
+            self.clipped_error += factor * power(error[is_clipped])
 
     def add_codes(self, integers: torch.Tensor, low: int, high: int) -> None:
         """Marks the codes that a tensor uses."""
@@ -189,8 +190,7 @@ class Sums:
             return
         if self.codes is None:
             self.codes = torch.zeros(high - low + 1, dtype=torch.bool)
-        every = max(1, integers.numel() // MOST_CODES)
-        some = integers.reshape(-1)[::every].to(torch.int64) - low
+        some = some_of(integers, MOST_CODES)[0].to(torch.int64) - low
         self.codes |= torch.bincount(some.clamp(0, high - low).cpu(), minlength=high - low + 1) > 0
 
     @property
@@ -208,6 +208,16 @@ class Sums:
         """The cosine between the two tensors; 1 where both are 0."""
         product = math.sqrt(self.signal * self.actual)
         return (self.signal + self.actual - self.error) / (2 * product) if product else float(self.error == 0)
+
+
+def some_of(value: torch.Tensor, most: int) -> tuple[torch.Tensor, int]:
+    """Returns values of a tensor, flat and evenly spread, about so many at most, and one of how many each is.
+
+    The distance is odd, so that they are not all of one column.
+    """
+    every = max(1, value.numel() // most)
+    every += every > 1 and every % 2 == 0
+    return value.detach().reshape(-1)[::every], every
 
 
 def decibels(signal: float, error: float) -> float:
@@ -249,13 +259,12 @@ class Seen:
 
     Args:
         reference: its float value.
-        before, integers, after: what is quantized in the quantized model, as integers, and dequantized.
+        before, after: what is quantized in the quantized model, and that dequantized.
         rounded: the float value quantized and dequantized; None where that was not asked for.
     """
 
     reference: torch.Tensor
     before: torch.Tensor
-    integers: torch.Tensor
     after: torch.Tensor
     rounded: torch.Tensor | None = None
 
@@ -266,12 +275,12 @@ class SiteWatch:
     Args:
         sites: all sites of the model.
         look: what to call.
-        rounds_floats: round the float values too.
+        again: computes an operator for another first argument, to round the float values too.
     """
 
-    def __init__(self, sites: Iterable[Site], look: Callable[[Site, Seen], None], rounds_floats: bool = False) -> None:
+    def __init__(self, sites: Iterable[Site], look: Callable[[Site, Seen], None], again: Again | None = None) -> None:
         activations = [site for site in sites if site.kind == "activation"]
-        self._look, self._rounds_floats = look, rounds_floats
+        self._look, self._again = look, again
         self._quantizes = {site.node: site for site in activations}
         self._dequantizes = {site.dequantizes[0]: site for site in activations}
         self._before: dict[Site, tuple[torch.Tensor, torch.Tensor | None]] = {}
@@ -281,17 +290,10 @@ class SiteWatch:
         """Looks at a node: its float and its quantized value, and those of all that is read later."""
         if node in self._quantizes:
             site = self._quantizes[node]
-            rounded = _again(node, reference.detach(), quantized) if self._rounds_floats else None
+            rounded = None if self._again is None else self._again(node, reference.detach(), quantized)
             self._before[site] = quantized[site.source], rounded
         elif node in self._dequantizes:
             site = self._dequantizes[node]
             before, integers = self._before.pop(site)
-            rounded = None if integers is None else _again(node, integers, quantized)
-            self._look(site, Seen(reference, before, quantized[site.node], actual, rounded))
-
-
-def _again(node: Node, value: torch.Tensor, values: dict[Node, Any]) -> torch.Tensor:
-    """Returns what an operator gives for another first argument."""
-    args, kwargs = map_arg((node.args[1:], node.kwargs), lambda n: values[n])
-    assert callable(node.target)
-    return node.target(value, *args, **kwargs)
+            rounded = None if integers is None or self._again is None else self._again(node, integers, quantized)
+            self._look(site, Seen(reference, before, actual, rounded))

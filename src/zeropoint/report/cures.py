@@ -42,16 +42,14 @@ class Cure:
         kind: ``"per_channel"``: a scale for each output channel of the weights. ``"float"``: leave float.
         modules: what the rule holds for, by path; empty string: the model itself.
         nodes: single nodes of the graph, by name, where a module would take too much.
-        predicted_sqnr_db: SQNR of the outputs in dB with it, and with the cures before it in the list.
-        gain_db: how much of that is its own.
-        lost: multiply-accumulates that are no longer integer.
-        integer_share: share of the multiply-accumulates that still are, of all of the model's.
+        gain_db: SQNR of the outputs with all cures, less that with all but this one, in dB.
+        lost: multiply-accumulates that are no longer integer for it.
+        integer_share: share of the model's multiply-accumulates that still are, with all cures.
     """
 
     kind: Kind
     modules: tuple[str, ...]
     nodes: tuple[str, ...]
-    predicted_sqnr_db: float
     gain_db: float
     lost: int
     integer_share: float
@@ -63,6 +61,10 @@ class Cure:
             *(f"{self.kind}: {module or '*'}" for module in self.modules),
             *(f"{self.kind}: node {node}" for node in self.nodes),
         )
+
+    def __str__(self) -> str:
+        lost = f"{self.lost:,} multiply-accumulates are float then" if self.lost else "all layers stay integer"
+        return f"{'; '.join(self.rules)} ({self.gain_db:+.1f} dB, {lost})"
 
     def apply(self, quantizer: Any) -> Any:
         """Sets the rules on a quantizer with the methods of ``XNNPACKQuantizer``, and returns it.
@@ -214,13 +216,14 @@ class Patient:
         modules: list[str] = []
         left = set(asking)
         floats = set(asking)
-        for module in dict.fromkeys(module_path(node) for node in asking):
+        in_order = [node for node in self.run.nodes if node in asking]
+        for module in dict.fromkeys(map(module_path, in_order)):
             inside = self._within.get(module, set())
             if module and self.lost(frozenset(inside)) == self.lost(frozenset(inside & asking)):
                 modules.append(module)
                 left -= inside
                 floats |= inside
-        yield Proposal("float", tuple(modules), tuple(sorted(n.name for n in left)), frozenset(floats))
+        yield Proposal("float", tuple(modules), tuple(n.name for n in in_order if n in left), frozenset(floats))
 
 
 def mean_db(sums: Iterable[Sums]) -> float:
@@ -268,8 +271,17 @@ def _in_channels(site: Site, weight: torch.Tensor) -> torch.Tensor:
     return (weight / scale).round().clamp(low, high) * scale
 
 
-def find_cures(patient: Patient, sites: Iterable[Site]) -> tuple[Cure, ...]:
-    """Returns what to do about sites, the first one first.
+@dataclass(frozen=True, slots=True)
+class Cures:
+    """Cures, and the SQNR of the outputs in dB on the batches on which they were tried, without and with them."""
+
+    cures: tuple[Cure, ...]
+    before_db: float
+    after_db: float
+
+
+def find_cures(patient: Patient, sites: Iterable[Site]) -> Cures:
+    """Returns what to do about sites, that which gains most first.
 
     For each site the cheapest rule is taken of those that come within 1 dB of the best, with what is taken for those
     before it: where several sites ruin the output, the cure of one alone gains nothing. Then those that are not needed
@@ -287,14 +299,15 @@ def find_cures(patient: Patient, sites: Iterable[Site]) -> tuple[Cure, ...]:
         without = patient.sqnr_db(others)
         if without >= reached - SMALLEST_GAIN_DB:
             taken, reached = others, without
-    return tuple(_as_cures(patient, taken))
+    cures = sorted(_as_cures(patient, taken, reached), key=lambda cure: -cure.gain_db)
+    return Cures(tuple(cures), patient.sqnr_db([]), reached)
 
 
-def _as_cures(patient: Patient, taken: Sequence[Proposal]) -> Iterator[Cure]:
-    before, floats = patient.sqnr_db([]), frozenset[Node]()
-    for index, each in enumerate(taken):
-        found = patient.sqnr_db(taken[: index + 1])
-        lost = patient.lost(each.floats - floats)
-        floats |= each.floats
-        yield Cure(each.kind, each.modules, each.nodes, found, found - before, lost, patient.integer_share(floats))
-        before = found
+def _as_cures(patient: Patient, taken: Sequence[Proposal], reached: float) -> Iterator[Cure]:
+    floats = frozenset(node for each in taken for node in each.floats)
+    for each in taken:
+        others = [other for other in taken if other is not each]
+        of_others = frozenset(node for other in others for node in other.floats)
+        lost = patient.lost(floats - of_others)
+        gain = reached - patient.sqnr_db(others)
+        yield Cure(each.kind, each.modules, each.nodes, gain, lost, patient.integer_share(floats))

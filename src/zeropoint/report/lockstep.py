@@ -12,10 +12,17 @@ from torch.fx import GraphModule, Node, map_arg
 from torch.utils import _pytree as pytree
 
 from zeropoint.graph.attributes import get_attribute
+from zeropoint.graph.compat import OpOverload
 from zeropoint.graph.constants import constant_nodes, evaluate, mutated_attributes
 from zeropoint.graph.graph_pass import bodies
+from zeropoint.graph.schema import schema_of
+from zeropoint.numerics import ops
 from zeropoint.report.twin import chooses_qparams, is_dequantize, is_quantize
 
+aten = torch.ops.aten
+
+IN_PLACE: dict[Any, Any] = {aten.relu_.default: aten.relu.default, aten.hardtanh_.default: aten.hardtanh.default}
+"""Activations that write to their input, which would take the gradient there away."""
 Look = Callable[[Node, Any, Any, dict[Node, Any], dict[Node, Any]], None]
 """Called with a node, its float value, its quantized value, and the values of what it reads in either."""
 
@@ -38,6 +45,7 @@ class Lockstep:
         self._float_bodies = {name: _without_quantization(body) for name, body in bodies(model)}
         self._mutated = mutated_attributes(model.graph)
         self.known = self._fixed_values()
+        self._fused = {node: grid for node in self.nodes if (grid := _grid_of_pair(node)) is not None}
         self.restart()
 
     @property
@@ -98,10 +106,25 @@ class Lockstep:
         """Returns what a node computes in the quantized model."""
         if node in self.known:
             return self.known[node]
+        if node in self._fused or (is_dequantize(node) and node.args[0] in self._fused):
+            return self.again(node, values[node.args[0]], values)  # type: ignore[index]
         if node.op == "get_attr":
             path = str(node.target)
             return self._buffers[1][path] if path in self._mutated else attribute(self.model, path)
         return _computed(self.model, node, values)
+
+    def again(self, node: Node, value: torch.Tensor, values: dict[Node, Any]) -> torch.Tensor:
+        """Returns what a quantize or dequantize gives for another first argument.
+
+        A pair of one scale and zero point is computed at once: a quantize then gives what its dequantize does.
+        """
+        if node in self._fused:
+            return torch.fake_quantize_per_tensor_affine(value, *self._fused[node])
+        if node.args[0] in self._fused:
+            return value
+        args, kwargs = map_arg((node.args[1:], node.kwargs), lambda n: values[n])
+        assert callable(node.target)
+        return node.target(value, *args, **kwargs)
 
     def float_value(self, node: Node, values: dict[Node, Any]) -> Any:
         """Returns what a node computes in float."""
@@ -119,7 +142,7 @@ class Lockstep:
             return None
         if node.target is operator.getitem and values[node.args[0]] is None:  # type: ignore[index]
             return None
-        return _computed(self.model, node, values)
+        return _computed(self.model, node, values, IN_PLACE.get(node.target, node.target))
 
     def _fixed_values(self) -> dict[Node, torch.Tensor]:
         """Returns the constants that are stored as integers, dequantized: once, not for each batch."""
@@ -142,6 +165,23 @@ class Lockstep:
             self._buffers[0][path] = self._buffers[0][path].detach()
 
 
+def _grid_of_pair(node: Node) -> tuple[float, int, int, int] | None:
+    """Returns scale, zero point and limits of a quantize per tensor whose readers all undo it; None for another."""
+    if node.target is not ops.QUANTIZE_PER_TENSOR or node.kwargs or len(node.args) < 6:
+        return None
+    scale, zero_point, low, high = node.args[1:5]
+    value = node.all_input_nodes[0].meta.get("val")
+    is_pair = all(
+        user.target is ops.DEQUANTIZE_PER_TENSOR
+        and user.args[1:] == node.args[1:]
+        and not user.kwargs
+        and all(isinstance(r.target, OpOverload) and schema_of(r.target).is_pure for r in user.users)
+        for user in node.users
+    )
+    is_plain = getattr(value, "dtype", None) == torch.float32 and low <= zero_point <= high  # type: ignore[operator]
+    return (scale, zero_point, low, high) if is_pair and is_plain else None  # type: ignore[return-value]
+
+
 def attribute(model: GraphModule, path: str) -> Any:
     """Returns a tensor without its gradient, or a submodule, by its path."""
     owner, _, name = path.rpartition(".")
@@ -149,14 +189,13 @@ def attribute(model: GraphModule, path: str) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
-def _computed(model: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
+def _computed(model: GraphModule, node: Node, values: dict[Node, Any], target: Any = None) -> Any:
     if node.op == "output":
         return map_arg(node.args[0], lambda n: values[n])
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
     if node.op == "call_module":
         return model.get_submodule(str(node.target))(*args, **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
+    return (node.target if target is None else target)(*args, **kwargs)  # type: ignore[operator]
 
 
 def _input(value: Any, with_gradient: bool) -> Any:

@@ -29,6 +29,21 @@ class ErrorSums:
     total: Sums = field(default_factory=Sums)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class OwnError:
+    """What rounding one site does to what a node returns, all else in float.
+
+    Args:
+        site: what is rounded.
+        error: of the first rows of the batch, or of all.
+        factor: by how much more there is of it in the whole batch.
+    """
+
+    site: Site
+    error: torch.Tensor
+    factor: float
+
+
 class NodeErrors:
     """Computes each quantized operator anew on mixed inputs, and sums up how far that is from its float output.
 
@@ -43,7 +58,9 @@ class NodeErrors:
     def __init__(self, run: Lockstep, sites: list[Site]) -> None:
         self.run = run
         self.sums: dict[Node, ErrorSums] = {}
-        self._behind = {each: site for site in sites for each in site.dequantizes if site.kind == "activation"}
+        self._behind = {each: site for site in sites for each in site.dequantizes}
+        self.own: dict[Node, list[OwnError]] = {}
+        """By node, what each site that it reads does to what it returns, in the present batch."""
         self._rounded: dict[Site, torch.Tensor] = {}
         self._before: dict[Site, torch.Tensor] = {}
 
@@ -56,52 +73,55 @@ class NodeErrors:
         """Ends a batch."""
         self._rounded.clear()
         self._before.clear()
+        self.own.clear()
 
     @torch.no_grad()
     def see_node(
         self, node: Node, reference: Any, actual: Any, floats: dict[Node, Any], quantized: dict[Node, Any]
     ) -> None:
         """Adds the errors of a node when it reads integers and returns one tensor of real values."""
-        if not (_is_pure(node) and is_float(reference) and any(self._is_quantized(n) for n in node.all_input_nodes)):
+        if not (_is_pure(node) and is_float(reference) and any(n in self._behind for n in node.all_input_nodes)):
             return
         sums = self.sums.setdefault(node, ErrorSums())
         sums.total.add(reference, actual)
         part = _part_of(node, reference)
         expected = _rows(reference.detach(), part)
         sums.signal += power(expected)
-        sums.weight += self._off(node, expected, part, floats, lambda n: self._constant(n, floats, quantized))
-        sums.activation += self._off(node, expected, part, floats, self._own_rounding)
-        sums.carried += self._off(node, expected, part, floats, lambda n: self._arriving(n, floats, quantized))
+        inputs = node.all_input_nodes
+        weights = {n: quantized[n] for n in inputs if self._is_constant(n, floats, quantized)}
+        rounded = {n: self._rounded[site] for n in inputs if (site := self._behind.get(n)) in self._rounded}
+        arriving = {n: self._arriving(n, quantized) for n in inputs if n not in weights and is_float(floats[n])}
+        own = [self._off(node, expected, part, floats, {n: value}) for n, value in rounded.items()]
+        by_weights = self._off(node, expected, part, floats, weights)
+        sums.weight += power(by_weights)
+        together = own[0] if len(own) == 1 else self._off(node, expected, part, floats, rounded)
+        sums.activation += power(together)
+        sums.carried += power(self._off(node, expected, part, floats, arriving))
+        factor = reference.shape[0] / part if part else 1.0
+        self.own[node] = [OwnError(self._behind[n], each, factor) for n, each in zip(rounded, own, strict=True)]
+        self.own[node] += [OwnError(self._behind[n], by_weights, factor) for n in weights if n in self._behind]
 
-    def _is_quantized(self, node: Node) -> bool:
-        return node in self._behind or node in self.run.known
-
-    def _off(self, node: Node, expected: torch.Tensor, part: int, floats: dict[Node, Any], change: Any) -> float:
-        """Returns the power of the error with other inputs; ``change`` gives those, None for one that is not."""
-        changed = {n: change(n) for n in node.all_input_nodes}
-        if all(value is None for value in changed.values()):
-            return 0.0
+    def _off(
+        self, node: Node, expected: torch.Tensor, part: int, floats: dict[Node, Any], changed: dict[Node, Any]
+    ) -> torch.Tensor:
+        """Returns the error of what a node returns with other inputs."""
+        if not changed:
+            return torch.zeros(1)
         first = node.all_input_nodes[0]
-        values = {n: floats[n] if value is None else value for n, value in changed.items()}
+        values = {n: changed.get(n, floats[n]) for n in node.all_input_nodes}
         values = {n: value.detach() if isinstance(value, torch.Tensor) else value for n, value in values.items()}
         values[first] = _rows(values[first], part)
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
         assert callable(node.target)
-        return power(difference(node.target(*args, **kwargs), expected))
+        return difference(node.target(*args, **kwargs), expected)
 
-    def _constant(self, node: Node, floats: dict[Node, Any], quantized: dict[Node, Any]) -> Any:
-        is_bias = node.op == "get_attr" and floats[node] is not quantized[node] and node in self.run.constants
-        return quantized[node] if is_bias or node in self.run.known else None
+    def _is_constant(self, node: Node, floats: dict[Node, Any], quantized: dict[Node, Any]) -> bool:
+        is_other = node.op == "get_attr" and node in self.run.constants and floats[node] is not quantized[node]
+        return node in self.run.known or is_other
 
-    def _own_rounding(self, node: Node) -> Any:
+    def _arriving(self, node: Node, quantized: dict[Node, Any]) -> Any:
         site = self._behind.get(node)
-        return None if site is None else self._rounded[site]
-
-    def _arriving(self, node: Node, floats: dict[Node, Any], quantized: dict[Node, Any]) -> Any:
-        if node.op == "get_attr" or node in self.run.known or not is_float(floats[node]):
-            return None
-        site = self._behind.get(node)
-        return quantized[node] if site is None else self._before[site]
+        return self._before[site] if site in self._before else quantized[node]
 
 
 def _is_pure(node: Node) -> bool:

@@ -10,65 +10,84 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from zeropoint.report.compared_sites import Seen, Site, SiteWatch, difference, is_float, power
-from zeropoint.report.lockstep import Lockstep, Look
+from zeropoint.report.lockstep import Lockstep
+from zeropoint.report.node_errors import NodeErrors
 
 
 class NoiseAtOutput:
     """Predicts how much noise each site puts on the outputs, its power relative to the outputs'.
 
-    The error ``e`` that rounding its float value makes at a site reaches the outputs as ``J e``, to first order. Such
-    errors are taken as
-    uncorrelated, so the power of ``J e`` is the expectation of ``sum((v J)^2 e^2)`` over vectors ``v`` of random signs
-    (Hutchinson's estimator); one such vector for each batch. Of a weight, the gradient is that of the whole batch.
+    What rounding a site does to the nodes that read it, all else in float, is computed by ``NodeErrors``; how that
+    error ``e`` reaches the outputs is taken to be linear, ``J e``. The errors of two channels are taken as
+    uncorrelated, those of one are not: so the power of ``J e`` is the expectation of the sum over channels of
+    ``(v J e)^2``, for vectors ``v`` of random signs (Hutchinson's estimator); one such vector for each batch.
+    Where a reader cannot be computed anew, it is the error of the site itself.
     """
 
-    def __init__(self, run: Lockstep, sites: Sequence[Site]) -> None:
-        self.run, self.sites = run, sites
+    def __init__(self, run: Lockstep, sites: Sequence[Site], nodes: NodeErrors) -> None:
+        self.run, self.sites, self.nodes = run, sites, nodes
         self.noise: dict[Site, float] = dict.fromkeys(sites, 0.0)
         self.failure = ""
         self._generator = torch.Generator().manual_seed(0)
 
-    def study(self, inputs: tuple[Any, ...], look: Callable[[Site, Seen], None], look_at: Look) -> tuple[Any, Any]:
-        """Returns the outputs of a batch, in float and quantized, and adds what its sites do.
-
-        ``look`` sees each site, ``look_at`` each node after the sites that it reads.
-        """
-        values: dict[Site, torch.Tensor] = {}
+    def study(self, inputs: tuple[Any, ...], look: Callable[[Site, Seen], None]) -> tuple[Any, Any]:
+        """Returns the outputs of a batch, in float and quantized, and adds what its sites do; ``look`` sees each."""
+        values: dict[Any, torch.Tensor] = {}
         errors: dict[Site, torch.Tensor] = {}
 
         def see(site: Site, seen: Seen) -> None:
             look(site, seen)
+            self.nodes.see_site(site, seen)
             if seen.rounded is not None and seen.reference.requires_grad:
                 values[site], errors[site] = seen.reference, difference(seen.rounded, seen.reference)
 
-        watch = SiteWatch(self.sites, see, rounds_floats=True)
+        watch = SiteWatch(self.sites, see, self.run.again)
 
-        def see_node(node: Node, *values: Any) -> None:
-            watch(node, *values)
-            look_at(node, *values)
+        def see_node(node: Node, reference: Any, *others: Any) -> None:
+            watch(node, reference, *others)
+            self.nodes.see_node(node, reference, *others)
+            if node in self.nodes.own and reference.requires_grad:
+                values[node] = reference
 
-        known = {site: self.run.constants[site.source] for site in self.sites if site.source in self.run.constants}
-        for site, value in known.items():
-            values[site] = self.run.constants[site.source] = value.detach().requires_grad_()
-            errors[site] = self.run.known[site.dequantizes[0]] - value
+        outputs, actual = self.run.run(inputs, see_node, with_gradients=True)
         try:
-            outputs, actual = self.run.run(inputs, see_node, with_gradients=True)
-        finally:
-            self.run.constants |= {site.source: value for site, value in known.items()}
-        self._add(pytree.tree_leaves(outputs), values, errors)
+            self._add(pytree.tree_leaves(outputs), values, errors)
+        except (RuntimeError, NotImplementedError) as error:
+            self.failure = str(error).strip().partition("\n")[0]
+        self.nodes.forget()
         return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, outputs), actual
 
-    def _add(self, outputs: list[Any], values: dict[Site, torch.Tensor], errors: dict[Site, torch.Tensor]) -> None:
+    def _add(self, outputs: list[Any], values: dict[Any, torch.Tensor], errors: dict[Site, torch.Tensor]) -> None:
         outputs = [each for each in outputs if is_float(each) and each.requires_grad]
-        directions = [self._direction(each) for each in outputs]
-        sites = list(values)
-        if not outputs or not sites:
+        if not outputs or not values:
             return
-        found = torch.autograd.grad(outputs, [values[site] for site in sites], directions, allow_unused=True)
-        for site, gradient in zip(sites, found, strict=True):
-            if gradient is not None:
-                self.noise[site] += power(torch.nan_to_num(gradient) * errors[site])
+        directions = [self._direction(each) for each in outputs]
+        found = torch.autograd.grad(outputs, list(values.values()), directions, allow_unused=True)
+        gradients = {each: torch.nan_to_num(g) for each, g in zip(values, found, strict=True) if g is not None}
+        for site in self.sites:
+            if all(reader in self.nodes.own for reader in site.readers):
+                owns = ((reader, own) for reader in site.readers for own in self.nodes.own[reader] if own.site is site)
+                self.noise[site] += sum(
+                    own.factor * _by_channel(gradients[reader], own.error)
+                    for reader, own in owns
+                    if reader in gradients
+                )
+            elif site in gradients:
+                self.noise[site] += _by_channel(gradients[site], errors[site])
 
     def _direction(self, output: torch.Tensor) -> torch.Tensor:
         signs = torch.randint(0, 2, output.shape, generator=self._generator).to(output.device) * 2 - 1
         return signs.to(output.dtype) / max(power(output), 1e-30) ** 0.5
+
+
+def _by_channel(gradient: torch.Tensor, error: torch.Tensor) -> float:
+    """Returns the sum over samples and channels of the squared product of a gradient with an error.
+
+    Channels lie along the axis after the first one of images ``(batch, channels, ...)``.
+    """
+    product = gradient[: error.shape[0]] * error
+    if product.dim() < 3:
+        return power(product)
+    if product.dim() > 3:
+        return power(product.flatten(2).sum(2))
+    return max(power(product.sum(1)), power(product.sum(2)))  # Channels may be either axis: that which adds up more.

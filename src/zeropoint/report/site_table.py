@@ -103,7 +103,9 @@ class Comparison:
         nodes: one row for each operator that reads integers, in the order of the graph.
         outputs_sqnr_db: SQNR in dB of each float output against the float model, NaN for others.
         sqnr_db: the mean of those, each counted as 120 dB at most.
-        cures: what to do, one after the other; each was tried on the converted model, with those before it.
+        cures: what to do, all of it; that which gains most first. They were tried on the converted model.
+        gain_db: what ``sqnr_db`` gains when all cures are applied, on the batches on which they were tried; NaN where
+            none was.
         convergence: were there enough samples?
         batches: how many batches were compared.
         notes: what was not compared.
@@ -114,6 +116,7 @@ class Comparison:
     outputs_sqnr_db: tuple[float, ...]
     sqnr_db: float
     cures: tuple[Cure, ...]
+    gain_db: float
     convergence: Convergence
     batches: int
     notes: tuple[str, ...] = ()
@@ -125,7 +128,7 @@ class Comparison:
 
     @property
     def cure(self) -> Cure | None:
-        """The first thing to do; None where nothing that was tried gains."""
+        """The first thing to do; None where nothing was found that gains."""
         return self.cures[0] if self.cures else None
 
     def apply(self, quantizer: Any) -> Any:
@@ -173,18 +176,13 @@ def _verdict(found: Comparison) -> list[str]:
         f"worst     {worst}: {worst.noise:.0%} of the noise at the output",
         f"why       {worst.why}",
     ]
-    lines += [f"cure      {_cure_text(cure)}" for cure in found.cures]
-    if not found.cures:
-        lines.append("cure      none of those tried gains: the noise is spread over many sites")
+    lines += [f"cure      {cure}" for cure in found.cures]
+    if found.cures:
+        share = found.cures[0].integer_share
+        lines.append(f"together  {found.gain_db:+.1f} dB; {share:.0%} of the multiply-accumulates are integer then")
+    else:
+        lines.append("cure      none was found: the noise is spread over many sites")
     return [*lines, str(found.convergence), *(f"note      {note}" for note in found.notes)]
-
-
-def _cure_text(cure: Cure) -> str:
-    rules = "; ".join(cure.rules)
-    return (
-        f"{rules}: {cure.gain_db:+.1f} dB, to {db(cure.predicted_sqnr_db)} dB; "
-        f"{cure.integer_share:.0%} of the multiply-accumulates are integer then"
-    )
 
 
 def _site_lines(found: Comparison, most: int) -> list[str]:

@@ -53,6 +53,7 @@ def folded(float_model: GraphModule) -> GraphModule:
     model.meta.update(float_model.meta)
     canonicalize(model)
     fold_batch_norm(model)
+    model.recompile()
     return model
 
 
