@@ -43,6 +43,17 @@ def test_wide_layers_gain(wide, quantized):
         assert found.why == ()
 
 
+def test_a_report_of_a_result(quantized, tmp_path):
+    pytest.importorskip("plotly")
+    path = quantized.report(tmp_path / "page.html", title="wide layers")
+    text = path.read_text()
+    assert "<h1>wide layers</h1>" in text
+    assert "What is quantized, on the calibration batch," in text
+    assert f"file {len(quantized.pte):,} bytes" in text
+    for words in ("correct biases", "float on the int32 grid", "int8 -127 to 127 per channel (2)"):
+        assert words in text
+
+
 def test_a_converted_model_with_free_sizes_on_other_inputs():
     """The float module is exported with the sizes free that are free in the converted one."""
     layer = nn.Linear(8, 4).eval()

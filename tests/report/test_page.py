@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -52,7 +53,10 @@ def site(name: str, kind: str, noise: float, why: str = "few steps") -> SiteRow:
 @pytest.fixture(scope="module")
 def comparison() -> Comparison:
     rows = (site("conv2d.weight", "weight", 0.6, NASTY), site("gelu", "activation", 0.3))
-    return Comparison(rows, (), (31.0,), 31.0, (), Convergence(3, ()), 3)
+    return Comparison(
+        sites=rows, nodes=(), outputs_sqnr_db=(31.0,), sqnr_db=31.0, cures=(), gain_db=math.nan,
+        convergence=Convergence(3, ()), batches=3,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
