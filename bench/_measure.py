@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from zeropoint.runtime.measure import alternate, median_ratio
+
+__all__ = ["alternate", "median_ratio", "parser", "seconds", "write_json"]
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -23,23 +26,6 @@ def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     result = function()
     return time.perf_counter() - start, result
-
-
-def alternate(functions: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Returns the seconds of each call of each function, called in turn so that noise meets all of them."""
-    for _ in range(warm_up):
-        for function in functions.values():
-            function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            times[name].append(seconds(function)[0])
-    return times
-
-
-def median_ratio(times: dict[str, list[float]], name: str, reference: str) -> float:
-    """Returns the median over the rounds of one function's time over another's in the same round."""
-    return statistics.median(a / b for a, b in zip(times[name], times[reference], strict=True))
 
 
 def write_json(path: str | None, figures: Any) -> None:

@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 import zeropoint as zp
-from bench._measure import alternate, median_ratio
 from demo.networks import NETWORKS, Network
 from demo.peers import torchao_pte
 from zeropoint.backends.xnnpack import lower_float
 from zeropoint.core.processor import integer_dot_product
 from zeropoint.runtime.executorch import Program
+from zeropoint.runtime.measure import alternate, median_ratio
 
 BUILD = Path("build")
 ROUNDS = 31
@@ -57,7 +57,10 @@ def show(network: Network) -> dict[str, Any]:
     }
     figures["stages_s"] = dict(result.stages_s)
     print_table(network, figures)
-    explain_speed(result, figures, latencies)
+    benchmark = zp.bench(model, result, inputs, runs=ROUNDS)
+    explain_speed(figures, latencies, benchmark)
+    page = result.report(BUILD / f"{network.name}.html", benchmark=benchmark, title=network.title)
+    print(f"wrote {page}")
     return figures
 
 
@@ -109,12 +112,12 @@ def decibels(value: float) -> str:
     return "equal bit for bit" if value == EQUAL_DB else f"{value:.1f} dB"
 
 
-def explain_speed(result: zp.QuantizedModel, figures: dict[str, Any], times: dict[str, list[float]]) -> None:
+def explain_speed(figures: dict[str, Any], times: dict[str, list[float]], benchmark: zp.Benchmark) -> None:
     """Says why int8 is not faster, where it is not."""
-    over_float = median_ratio(times, "int8", "float")
     print(f"latency against torchao's file: {figures['int8']['latency_over_torchao']:.2f}")
-    if over_float > 1 and (reason := result.speed_note()):
-        print(f"int8 takes {over_float:.2f} of the float time here: {reason}")
+    if benchmark.why:
+        over_float = median_ratio(times, "int8", "float")
+        print(f"int8 takes {over_float:.2f} of the float time here: {'; '.join(benchmark.why)}")
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = {
     "__main__": 10, "pt2e": 9, "cli": 9,
     "api": 8, "workflow": 8, "calibration": 8, "result": 8, "training": 8, "checkpoint": 8, "check_backend": 8,
-    "distributed": 8,
+    "distributed": 8, "benchmark": 8, "reporting": 8,
     "algorithms": 7, "runtime": 7, "report": 7,
     "passes": 6, "backends": 5, "annotate": 4, "graph": 3, "numerics": 2, "core": 1,
 }  # fmt: skip

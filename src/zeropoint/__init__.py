@@ -7,6 +7,7 @@ from zeropoint.annotate.for_torchao import for_torchao
 from zeropoint.annotate.plan import Decision, Plan
 from zeropoint.annotate.quantizer import ComposableQuantizer, Quantizer
 from zeropoint.api import QuantizedModel, quantize
+from zeropoint.benchmark import bench
 from zeropoint.check_backend import check_backend
 from zeropoint.core.configs import OperatorConfig, QuantizationConfig
 from zeropoint.core.errors import ZeropointError
@@ -22,18 +23,21 @@ from zeropoint.graph.bind import Site
 from zeropoint.graph.capture import capture
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
 from zeropoint.report.backend_check import BackendCheck
+from zeropoint.report.benchmark import Benchmark
 from zeropoint.report.check_convert import ConvertCheck, check_convert
 from zeropoint.report.compare import compare
 from zeropoint.report.explain import explain
 from zeropoint.report.explanation import Explanation
 from zeropoint.report.operator_table import summary
 from zeropoint.report.site_table import Comparison
+from zeropoint.reporting import write_report
 from zeropoint.workflow import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendCheck",
+    "Benchmark",
     "Comparison",
     "ComposableQuantizer",
     "ConvertCheck",
@@ -56,6 +60,7 @@ __all__ = [
     "SharedQuantizationSpec",
     "Site",
     "ZeropointError",
+    "bench",
     "capture",
     "check_backend",
     "check_convert",
@@ -67,4 +72,5 @@ __all__ = [
     "prepare_qat_pt2e",
     "quantize",
     "summary",
+    "write_report",
 ]

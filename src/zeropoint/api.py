@@ -187,7 +187,7 @@ def _finish(
         float_sqnr = _float_sqnr(float_model, converted, compared)
     return QuantizedModel(
         converted, lowered.pte, record_of(converted), lowered.delegates, lowered.outside, float_sqnr, verification,
-        work, dict(stages.seconds), lowered.free,
+        work, dict(stages.seconds), lowered.free, example_inputs, tuple(compared),
     )  # fmt: skip
 
 

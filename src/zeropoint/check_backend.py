@@ -62,12 +62,17 @@ def check_backend(
         return examine(graph, ranges_are_known=True)
     if graph is not None and is_prepared:
         return _examine_prepared(graph)
-    if graph is None and example_inputs is None and not isinstance(model, ExportedProgram):
+    assert quantizer is not None
+    return _examine_uncalibrated(prepare_pt2e(copy_graph(_captured(model, example_inputs)), quantizer))
+
+
+def _captured(model: nn.Module | ExportedProgram, example_inputs: tuple[Any, ...] | None) -> GraphModule:
+    """Returns a float model as a graph; one that is no graph yet needs inputs."""
+    is_graph = isinstance(model, ExportedProgram) or (isinstance(model, GraphModule) and is_exported(model))
+    if example_inputs is None and not is_graph:
         remedy = "Give example_inputs=(x,), a tuple of positional inputs, or an exported program."
         raise CaptureError(f"{type(model).__name__} is not exported", where=WHERE, remedy=remedy)
-    captured = capture(model, example_inputs if example_inputs is not None else ())
-    assert quantizer is not None
-    return _examine_uncalibrated(prepare_pt2e(copy_graph(captured), quantizer))
+    return capture(model, () if example_inputs is None else example_inputs)
 
 
 def _examine_prepared(prepared: GraphModule) -> BackendCheck:

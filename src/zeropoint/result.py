@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch.fx import GraphModule
 
@@ -18,6 +18,7 @@ from zeropoint.report.speed import speed_note, work_of
 from zeropoint.report.summary import bias_lines, coverage_lines, decibels, size_line
 from zeropoint.report.tensors import float_weight_lines, quantized_tensors
 from zeropoint.report.training import Training
+from zeropoint.reporting import agreement_text, write_report
 from zeropoint.runtime.verify import Verification
 
 
@@ -38,6 +39,8 @@ class QuantizedModel:
         accuracy: what was done for accuracy beyond rounding, and why not more.
         stages_s: seconds that each stage took.
         free: the largest size of each axis of an input that is free in the file, by ``input[axis]``.
+        example_inputs: the positional inputs that ``quantize`` was given.
+        compared: the batches of the comparison with the float model.
         training: which of the trained model and the one before is kept, and how both were measured; None: not trained.
     """
 
@@ -51,6 +54,8 @@ class QuantizedModel:
     accuracy: AccuracyWork
     stages_s: dict[str, float]
     free: tuple[tuple[str, int], ...] = ()
+    example_inputs: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    compared: tuple[tuple[Any, ...], ...] = field(default=(), repr=False, compare=False)
     training: Training | None = None
 
     @property
@@ -79,9 +84,13 @@ class QuantizedModel:
         """
         return write_atomically(path, self.pte)
 
+    def report(self, path: str | os.PathLike[str], **options: Any) -> Path:
+        """Writes an HTML file that shows all of this, and returns its path; options as of ``write_report``."""
+        return write_report(self, path, **options)
+
     def __str__(self) -> str:
         left = ", ".join(f"{name} {count}" for name, count in self.outside) or "nothing"
-        file = "not verified" if self.verification is None else f"{_agreement(self.verification)} on the runtime"
+        file = "not verified" if self.verification is None else f"{agreement_text(self.verification)} on the runtime"
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.stages_s.items())
         speed = [f"speed     {note}"] if (note := self.speed_note()) else []
         data = "calibration data" if "calibrate" in self.stages_s else "the example inputs"
@@ -102,11 +111,3 @@ class QuantizedModel:
                 f"stages    {times}",
             ]
         )
-
-
-def _agreement(verification: Verification) -> str:
-    notes = ", no value further than one step" if verification.within_one_step else ""
-    if not math.isinf(shaken := verification.shaken_db):
-        notes = f", the model against itself with other last bits {decibels(shaken)}"
-    ties = "" if verification.integers_equal else ", integers but for ties"
-    return f"{decibels(verification.sqnr_db)}{notes}{ties}"

@@ -119,3 +119,14 @@ def test_layers_of_4_bit_weights(layer, shape, is_per_channel):
     step = (expected.max() - expected.min()) / 255
     assert len(expected.unique()) > 4
     assert (actual - expected).abs().max() <= step * 1.1
+
+
+@torch.no_grad()
+def test_float_batch_norms_of_modules_that_are_named_by_numbers():
+    """ExecuTorch folds them, and then looks for parameters by names that begin with a digit."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)))
+    model(torch.randn(8, 3, 6, 6) * 3 + 1)
+    inputs = (torch.randn(1, 3, 6, 6),)
+    lowered = lower_float(model.eval(), inputs)
+    torch.testing.assert_close(run_in_child(lowered.pte, [inputs])[0][0], model(*inputs), rtol=1e-4, atol=1e-4)
+    assert (lowered.delegates, lowered.outside) == (1, ())

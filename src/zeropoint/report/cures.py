@@ -22,7 +22,7 @@ from zeropoint.numerics.observers import PerChannelMinMaxObserver
 from zeropoint.numerics.qparams import choose_qparams
 from zeropoint.report.compared_sites import Site, Sums, chain_of, is_float
 from zeropoint.report.lockstep import Lockstep
-from zeropoint.report.speed import is_integer_layer, multiply_accumulates
+from zeropoint.report.work import is_integer_layer, multiply_accumulates
 
 Kind = Literal["per_channel", "float"]
 PER_CHANNEL_EPS = 2**-20

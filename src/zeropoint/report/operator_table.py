@@ -112,25 +112,25 @@ def _operators(model: GraphModule, whole: GraphModule) -> list[_Operator]:
     """Returns the integer operators of one graph: nodes without a quantize between them are computed as one."""
     constants = constant_nodes(model)
     found: dict[Node, _Operator] = {}
-    for node in _integer_nodes(model, whole):
+    for node in integer_nodes(model, whole):
         sources = [source for _, source in reads(node)]
         fused = next((found[source] for source in sources if source in found), None)
         operator = found[node] = fused if fused is not None else _Operator([])
         operator.nodes.append(node)
-        for source in filter(_is_dequantize, sources):
+        for source in filter(is_dequantize, sources):
             (operator.weights if source in constants else operator.inputs).append(source)
-        operator.outputs += [reader for reader in node.users if _is_quantize(reader)]
+        operator.outputs += [reader for reader in node.users if is_quantize(reader)]
     distinct = {id(operator): operator for operator in found.values()}.values()
     return [operator for operator in distinct if operator.inputs]
 
 
-def _integer_nodes(model: GraphModule, whole: GraphModule) -> Iterator[Node]:
+def integer_nodes(model: GraphModule, whole: GraphModule) -> Iterator[Node]:
     """Yields what prepare recorded as integer; of a model of another package, what reads and returns integers."""
     rows = record_of(whole).coverage
     integer = {(row.node, row.operator, row.module) for row in rows if row.is_quantized}
     constants = constant_nodes(model)
     for node in model.graph.nodes:
-        if node.op != "call_function" or node in constants or _is_quantize(node) or _is_dequantize(node):
+        if node.op != "call_function" or node in constants or is_quantize(node) or is_dequantize(node):
             continue
         named = (node.name, operator_name(node), module_path(node))  # Names alone come again in bodies.
         if named in integer if rows else _between_integers(node):
@@ -141,28 +141,30 @@ def _between_integers(node: Node) -> bool:
     """True for what reads integers and returns some, itself or through the activation that is fused into it."""
     if node.target in CLAMPS and not _reads_integers(node):
         before = node.all_input_nodes[0]
-        return any(map(_is_quantize, node.users)) and sole_reader(before) is node and _reads_integers(before)
+        return any(map(is_quantize, node.users)) and sole_reader(before) is node and _reads_integers(before)
     last = sole_reader(node)
     last = last if last is not None and last.target in CLAMPS else node
-    return _reads_integers(node) and any(map(_is_quantize, last.users))
+    return _reads_integers(node) and any(map(is_quantize, last.users))
 
 
 def _reads_integers(node: Node) -> bool:
-    return any(_is_dequantize(source) for _, source in reads(node))
+    return any(is_dequantize(source) for _, source in reads(node))
 
 
-def _is_quantize(node: Node) -> bool:
+def is_quantize(node: Node) -> bool:
+    """True for an operator that makes integers of real values, torchao's included."""
     return node.target in ops.QUANTIZE_OPS or (node.op == "call_function" and operator_name(node) == AFFINE[0])
 
 
-def _is_dequantize(node: Node) -> bool:
+def is_dequantize(node: Node) -> bool:
+    """True for an operator that makes real values of integers, torchao's included."""
     return node.target in ops.DEQUANTIZE_OPS or (node.op == "call_function" and operator_name(node) == AFFINE[1])
 
 
 def _text(model: GraphModule, node: Node) -> str:
     """Returns type, range where it is narrow, scale and zero point of a quantize or dequantize."""
     passed = bind(node)
-    integers: Any = node if _is_quantize(node) else node.args[0]
+    integers: Any = node if is_quantize(node) else node.args[0]
     scale, zero_point = (passed.get(name, passed.get(f"{name}s")) for name in ("scale", "zero_point"))
     dtype = next((passed[name] for name in DTYPES if name in passed), None) or integers.meta["val"].dtype
     parts = [_type_text(dtype, passed.get("quant_min"), passed.get("quant_max")), *_scale_parts(model, scale, passed)]
@@ -220,7 +222,7 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
 def _totals(converted: GraphModule, count: int) -> list[str]:
     rows = record_of(converted).coverage
     floating = f", {sum(not row.is_quantized for row in rows)} in float" if rows else ""
-    conversions = sum(_is_quantize(node) for model in _graphs(converted) for node in model.graph.nodes)
+    conversions = sum(is_quantize(node) for model in _graphs(converted) for node in model.graph.nodes)
     tensors = tensors_of(converted).values()
     integers, floats = (
         sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors if t.is_floating_point() is kind}.values())

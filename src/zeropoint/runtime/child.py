@@ -16,9 +16,16 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from zeropoint.core.errors import RuntimeFailure, ZeropointError
+from zeropoint.core.errors import RuntimeFailure
 
-CHILD = "import sys; from zeropoint.runtime.child import main; main(*sys.argv[1:])"
+CHILD = """import sys
+from zeropoint.core.errors import ZeropointError
+from {module} import main
+try:
+    main(*sys.argv[1:])
+except ZeropointError as error:
+    sys.exit(str(error))
+"""
 NOISE = "[cpuinfo_utils"
 """How lines begin that the runtime prints whenever it starts."""
 Batches = Sequence[tuple[Any, ...]]
@@ -41,18 +48,23 @@ def run_in_child(pte: bytes, batches: Batches, *, timeout: float = 600.0) -> lis
         Path(folder, "model.pte").write_bytes(pte)
         for i, inputs in enumerate(batches):
             save_values(Path(folder, f"in{i}.npz"), pytree.tree_leaves(inputs))
-        _run(folder, len(batches), timeout)
+        run_main(__name__, [folder, str(len(batches))], timeout)
         return [tuple(load_values(Path(folder, f"out{i}.npz"))) for i in range(len(batches))]
 
 
-def _run(folder: str, count: int, timeout: float) -> None:
-    command = [sys.executable, "-c", CHILD, folder, str(count)]
+def run_main(module: str, arguments: Sequence[str], timeout: float) -> str:
+    """Runs the function ``main`` of one of our modules in a child process, and returns what it printed.
+
+    Raises:
+        RuntimeFailure: the child died, ran out of time, or raised; gives its last words.
+    """
+    command = [sys.executable, "-c", CHILD.format(module=module), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=_environment())
     except subprocess.TimeoutExpired as error:
         raise RuntimeFailure(f"the runtime did not answer in {timeout:g} s", where="child process") from error
     if done.returncode == 0:
-        return
+        return done.stdout
     words = [line for line in done.stderr.strip().splitlines() if line.strip() and not line.startswith(NOISE)][-5:]
     cause = f"died of {_signal(-done.returncode)}" if done.returncode < 0 else "failed"
     raise RuntimeFailure(f"the runtime {cause}: " + " | ".join(words), where="child process")
@@ -93,13 +105,10 @@ def _typed(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
 
 
 def main(folder: str, count: str) -> None:
-    """The child: runs the program in the folder on each input file and writes the outputs, or an error."""
+    """The child: runs the program in the folder on each input file and writes the outputs."""
     from zeropoint.runtime.executorch import Program
 
-    try:
-        program = Program.load(Path(folder, "model.pte"))
-        for i in range(int(count)):
-            outputs = program(*load_values(Path(folder, f"in{i}.npz")))
-            save_values(Path(folder, f"out{i}.npz"), outputs)
-    except ZeropointError as error:
-        sys.exit(str(error))
+    program = Program.load(Path(folder, "model.pte"))
+    for i in range(int(count)):
+        outputs = program(*load_values(Path(folder, f"in{i}.npz")))
+        save_values(Path(folder, f"out{i}.npz"), outputs)

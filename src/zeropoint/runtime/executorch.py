@@ -98,6 +98,17 @@ class Program:
             raise RuntimeFailure(what, where="program") from error
 
 
+def use_threads(count: int | None) -> int:
+    """Lets the runtime of this process use so many threads, before a program is loaded; None: as many as it chooses.
+
+    Returns how many it uses.
+    """
+    runtime = import_extra("executorch.extension.pybindings.portable_lib", "executorch")
+    if count is not None:
+        runtime._unsafe_reset_threadpool(count)
+    return runtime._threadpool_get_thread_count()
+
+
 def _checked_bytes(pte: Any) -> bytes:
     if isinstance(pte, (bytes, bytearray, memoryview)):
         return bytes(pte)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from zeropoint.backends.xnnpack import edge
 from zeropoint.backends.xnnpack.config import POLICY
 from zeropoint.backends.xnnpack.embedding import look_up_bytes
-from zeropoint.backends.xnnpack.repair import give_each_batch_norm_its_weight, repair
+from zeropoint.backends.xnnpack.repair import begin_names_with_letters, give_each_batch_norm_its_weight, repair
 from zeropoint.backends.xnnpack.sound import SIZE_RULES, check_sound
 from zeropoint.backends.xnnpack.transform import TO_LOWER, spell
 from zeropoint.core.errors import LoweringError
@@ -136,6 +136,7 @@ def _is_integer_arithmetic(node: Node) -> bool:
 def _lower(model: GraphModule, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> LoweredProgram:
     import_extra("executorch.kernels.quantized", "executorch")
     give_each_batch_norm_its_weight(model)
+    begin_names_with_letters(model)
     recompile(model)
     exported = _exported(model, example_inputs, dynamic_shapes)
     check_sound(exported.graph_module, SIZE_RULES)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from zeropoint.backends.xnnpack.sound import SAME_SCALE, pads_itself
-from zeropoint.graph.attributes import Names, get_attribute
+from zeropoint.graph.attributes import Names, attribute_reads, get_attribute
 from zeropoint.graph.batch_norms import BATCH_NORMS
 from zeropoint.graph.bias_grid import grid_of
 from zeropoint.graph.bind import argument, reads, replace_read, set_argument
@@ -196,3 +196,20 @@ def _give_own_parameter(model: GraphModule, node: Node, name: str, path: str) ->
         own = node.graph.get_attr(path)
     own.meta = dict(read.meta)
     set_argument(node, name, own)
+
+
+def begin_names_with_letters(model: GraphModule) -> None:
+    """Renames submodules and tensors of the model that are named by a number, as those of ``nn.Sequential`` are.
+
+    executorch 1.4 does not find the parameters again that it makes of them where it folds a batch norm itself: it looks
+    for ``0_weight_fused_bn`` among names that torch made identifiers.
+    """
+    names = Names(model)
+    for held in (model._modules, model._parameters, model._buffers):
+        for name in [name for name in held if name[:1].isdigit()]:
+            new = names.new(f"n{name}_")
+            held[new] = held.pop(name)  # type: ignore[assignment]
+            for node in attribute_reads(model.graph):
+                first, dot, rest = str(node.target).partition(".")
+                if first == name:
+                    node.target = f"{new}{dot}{rest}"
