@@ -25,6 +25,7 @@ from zeropoint.passes.convert import convert, every, none, nothing
 from zeropoint.passes.end_training import end_training
 from zeropoint.passes.finish import finish
 from zeropoint.passes.fold_batch_norm import fold_batch_norm
+from zeropoint.passes.form_in_use import mark_biases
 from zeropoint.passes.halve_tables import halve_tables
 from zeropoint.passes.insert_observers import insert_observers
 from zeropoint.passes.invariants import CONVERTED
@@ -102,6 +103,8 @@ def prepare_qat_pt2e(
     start_record(model, rows, quantizer, is_qat=True)
     insert_observers(model, observers, look_again=record_of(model).policy is None)
     control_flow_in_python(model)
+    if record_of(model).rounds_biases:
+        mark_biases(model)
     leave_mark(model)
     return finish(model, TrainedModule)
 

@@ -107,15 +107,26 @@ def factor_and_shift(model: GraphModule, norm: Node, bias: Node | None) -> tuple
 
     ``y = (Wx + b - mean) * gamma / sqrt(var + eps) + beta`` (Ioffe and Szegedy 2015).
     """
-    mean, variance = _tensor(model, argument(norm, "running_mean")), _tensor(model, argument(norm, "running_var"))
-    assert mean is not None
-    assert variance is not None
+    read = [_tensor(model, argument(norm, name)) for name in ("weight", "bias", "running_mean", "running_var")]
+    assert read[2] is not None
+    assert read[3] is not None
     epsilon = argument(norm, "eps")
-    factor = torch.rsqrt(variance + (argument(norm, "epsilon") if epsilon is None else epsilon))
-    gamma, beta = _tensor(model, argument(norm, "weight")), _tensor(model, argument(norm, "bias"))
-    added = _tensor(model, bias)
+    epsilon = argument(norm, "epsilon") if epsilon is None else epsilon
+    return factor_and_shift_of(read[0], read[1], read[2], read[3], _tensor(model, bias), epsilon)
+
+
+def factor_and_shift_of(
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the two of the batch norm with these tensors, each ``(channels,)``, float64; ``bias``: the layer's."""
+    factor = torch.rsqrt(variance + eps)
     factor = factor if gamma is None else factor * gamma
-    shift = (torch.zeros_like(mean) if added is None else added) - mean
+    shift = (torch.zeros_like(mean) if bias is None else bias) - mean
     return factor, shift * factor if beta is None else shift * factor + beta
 
 

@@ -1,17 +1,21 @@
-"""A graph in training, as it is run: the unscaling of each layer and its batch norm are one step."""
+"""A graph prepared for training, as it is run.
+
+In training the unscaling of each layer and its batch norm are one step; in eval mode it is what is converted.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import PythonCode
 
 from zeropoint.graph.bind import argument
 from zeropoint.graph.explained import ExplainedModule
 from zeropoint.graph.graph_pass import remove_dead_code
 from zeropoint.numerics.unscaled_batch_norm import unscaled_batch_norm
+from zeropoint.passes.form_in_use import Chain, chain_of, fold_in_use
 from zeropoint.passes.qat_batch_norm import Role, groups_in
 
 aten = torch.ops.aten
@@ -20,14 +24,15 @@ aten = torch.ops.aten
 class TrainedModule(ExplainedModule):
     """Runs its graph with each group of ``qat_batch_norm`` in train mode as one call of ``unscaled_batch_norm``.
 
-    The graph itself has the operators that programs look for, and that is what is copied, saved and interpreted.
+    In eval mode batch norm is folded, and biases are rounded, as ``convert_pt2e`` will do: ``fold_in_use``. The graph
+    itself has the operators that programs look for, and that is what is copied and saved.
     """
 
     def recompile(self) -> PythonCode:
         """Brings ``forward`` up to date with the graph."""
         written = self._graph
         try:
-            self.__dict__["_graph"] = written if self.__dict__.get("_as_written") else joined(written)
+            self.__dict__["_graph"] = written if self.__dict__.get("_as_written") else as_run(self)
             return super().recompile()
         finally:
             self.__dict__["_graph"] = written
@@ -44,10 +49,9 @@ class TrainedModule(ExplainedModule):
         return kind, arguments
 
 
-def joined(graph: Graph) -> Graph:
-    """Returns a copy of the graph in which each group is one call; the graph itself where it has none."""
-    if not any(_parts(members) for members in groups_in(graph)):
-        return graph
+def as_run(model: GraphModule) -> Graph:
+    """Returns a copy of the graph in which each group is one call, or folded."""
+    graph = model._graph
     copied = Graph(graph.owning_module, graph._tracer_cls)
     copied.output(copied.graph_copy(graph, {}, return_output_node=False))
     copied._codegen = graph._codegen
@@ -55,39 +59,17 @@ def joined(graph: Graph) -> Graph:
         parts = _parts(members)
         if parts is not None:
             _join(members["norm"], *parts)
+    fold_in_use(copied, model)
     remove_dead_code(copied)
     return copied
 
 
-def _parts(members: dict[Role, Node]) -> tuple[Node, Node, Node | None] | None:
-    """Returns what is divided, by what, and the bias that is added, of a group in train mode that is whole."""
-    output, norm = members.get("output"), members.get("norm")
-    if output is None or norm is None or norm.target is not aten.batch_norm.default:
+def _parts(members: dict[Role, Node]) -> Chain | None:
+    """Returns the chain of a group in train mode that is whole."""
+    norm = members.get("norm")
+    if norm is None or norm.target is not aten.batch_norm.default or not argument(norm, "training"):
         return None
-    if not argument(norm, "training") or argument(norm, "input") is not output:
-        return None
-    bias = None
-    if output.target is aten.add.Tensor:
-        output, added = output.args
-        bias = _per_channel(added)
-        if bias is None:
-            return None
-    if not isinstance(output, Node) or output.target is not aten.div.Tensor:
-        return None
-    scale = _per_channel(output.args[1])
-    layer = output.args[0]
-    if scale is None or not isinstance(layer, Node) or layer is not members.get("layer"):
-        return None
-    return layer, scale, bias
-
-
-def _per_channel(node: Any) -> Node | None:
-    """Returns the vector that is seen as one value for each index of the second axis."""
-    if not isinstance(node, Node) or node.target is not aten.reshape.default:
-        return None
-    vector, shape = node.args
-    is_second = isinstance(shape, (list, tuple)) and list(shape) == [1, -1, *[1] * (len(shape) - 2)]
-    return vector if is_second and isinstance(vector, Node) else None
+    return chain_of(members)
 
 
 def _join(norm: Node, layer: Node, scale: Node, bias: Node | None) -> None:

@@ -15,6 +15,7 @@ from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.passes.affine_blocks import affine_of, blocks_of
 from zeropoint.passes.convert import SITE_KEY
 from zeropoint.passes.qparams_of import group_size_of, limits_of
+from zeropoint.passes.trained_module import TrainedModule, as_run
 
 OUTPUT_STEPS = 255
 """A float output is measured in steps of so many to its range: those of 8 bits."""
@@ -54,7 +55,7 @@ class PreparedRun(Interpreter):
     """Runs a prepared model and keeps what its fake quantizers give, by the name of the node that calls each."""
 
     def __init__(self, model: GraphModule) -> None:
-        super().__init__(model)
+        super().__init__(model, graph=as_run(model) if isinstance(model, TrainedModule) else None)
         self.model = model
         self.values: dict[str, SiteValue] = {}
 
