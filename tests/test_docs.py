@@ -93,3 +93,13 @@ def test_programs_of_the_page_quantize():
     kept = [type(m).__module__ for n, m in names["kept"].named_modules() if n.startswith("activation_post_process")]
     assert kept
     assert all(module.startswith("torchao.") for module in kept)
+
+
+def test_accuracy_page_finds_and_cures():
+    names: dict[str, object] = {}
+    for program in programs(ROOT / "docs" / "accuracy.md"):
+        exec(compile(program, "accuracy.md", "exec"), names)
+    found = names["found"]
+    gained = names["zp"].compare(names["model"], names["cured"], names["data"]).sqnr_db - found.sqnr_db
+    assert gained > 6
+    assert abs(gained - found.gain_db) < 1

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import zeropoint as zp
+from zeropoint.backends.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config
 from zeropoint.graph.capture import capture
 from zeropoint.passes.canonicalize import canonicalize
 from zeropoint.runtime.executorch import Program
@@ -44,3 +45,25 @@ def test_of_the_cell_only_sigmoid_and_tanh_are_float(result):
     layers = [row for row in result.coverage if row.module == "rnn"]
     assert {row.operator for row in layers if not row.is_quantized} == {"sigmoid", "tanh"}
     assert {"linear", "add", "mul", "slice"} <= {row.operator for row in layers if row.is_quantized}
+
+
+def converted_by(quantizer, network, batches):
+    prepared = zp.prepare_pt2e(capture(*network), quantizer)
+    with torch.no_grad():
+        for batch in batches:
+            prepared(*batch)
+    return zp.convert_pt2e(prepared)
+
+
+def test_compare_finds_what_ruins_int8_per_tensor(network):
+    """With one scale for each weight, speech is found no more; the rules that compare names bring it back."""
+    start, batches = silero_vad.CALIBRATION_SECONDS, silero_vad.calibration(60)
+    stock = XNNPACKQuantizer().set_global(get_symmetric_quantization_config())
+    ruined = converted_by(stock, network, batches)
+    assert silero_vad.metric(ruined, start) < 0.5
+    found = zp.compare(network[0], ruined, batches[::3])
+    assert {row.site for row in found.sites[:2]} == {"add", "conv1d_4.weight"}  # The power spectrum, encoder.3.
+    assert found.cures[0].integer_share >= 0.8
+    again = XNNPACKQuantizer().set_global(get_symmetric_quantization_config())
+    cured = converted_by(found.apply(again), network, batches)
+    assert silero_vad.metric(network[0], start) - silero_vad.metric(cured, start) < 0.01

@@ -171,7 +171,8 @@ class Patient:
             each: self.run.float_weight(site) for site in gone if site.kind == "weight" for each in site.dequantizes
         }
         skipped |= {each for site in gone if site.kind == "activation" for each in site.dequantizes}
-        constants = {node: value for each in proposals for node, value in each.constants.items()} | weights
+        biases = self._biases(floats)
+        constants = {node: value for each in proposals for node, value in each.constants.items()} | weights | biases
 
         def other(node: Node, values: dict[Node, Any]) -> Any:
             if node in constants:
@@ -179,6 +180,11 @@ class Patient:
             return values[node.args[0]] if node in skipped else None  # type: ignore[index]
 
         return other
+
+    def _biases(self, layers: Iterable[Node]) -> dict[Node, torch.Tensor]:
+        """Returns the float biases of layers: those of the quantized model are on the grid of its scales."""
+        read = {n for layer in layers for n in layer.all_input_nodes if n.op == "get_attr"}
+        return {n: self.run.constants[n] for n in read if n in self.run.constants}
 
     def lost(self, floats: frozenset[Node]) -> int:
         """Returns the integer multiply-accumulates of nodes."""
@@ -204,7 +210,7 @@ class Patient:
         for each in self.sites:
             if each.kind == "weight" and _is_per_tensor(each) and inside.issuperset(each.readers):
                 value = _in_channels(each, self.run.float_weight(each))
-                constants |= dict.fromkeys(each.dequantizes, value)
+                constants |= dict.fromkeys(each.dequantizes, value) | self._biases(each.readers)
         if site.dequantizes[0] in constants:
             yield Proposal("per_channel", modules, (), constants=constants)
 
