@@ -11,9 +11,9 @@ from torch.fx import GraphModule, Node
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.source import operator_name
-from zeropoint.numerics import ops
+from zeropoint.report.conversions import is_conversion, is_dequantize, is_quantize
 from zeropoint.report.coverage import compute_nodes
-from zeropoint.report.operator_table import integer_nodes, is_dequantize, is_quantize
+from zeropoint.report.operator_table import integer_nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +81,13 @@ def _parts(model: GraphModule, whole: GraphModule) -> Iterator[Borders]:
 
 def _islands(model: GraphModule, integer: set[Node], constants: set[Node]) -> Iterator[Island]:
     own = set(model.graph.nodes)
-    floats = [n for n in compute_nodes(model) if n in own and n not in integer and not _is_conversion(n)]
+    floats = [n for n in compute_nodes(model) if n in own and n not in integer and not is_conversion(n)]
     for nodes in _connected(floats):
         read = {source for node in nodes for source in node.all_input_nodes if source not in constants}
         readers = {user for node in nodes for user in node.users}
         is_between = any(is_dequantize(source) or source in integer for source in read)
-        if is_between and any(_is_conversion(user) for user in readers):
+        if is_between and any(is_conversion(user) for user in readers):
             yield Island(tuple(node.name for node in nodes), tuple(operator_name(node) for node in nodes))
-
-
-def _is_conversion(node: Node) -> bool:
-    return is_quantize(node) or is_dequantize(node) or node.target in ops.CHOOSE_QPARAMS_OPS
 
 
 def _connected(nodes: list[Node]) -> Iterator[list[Node]]:

@@ -14,9 +14,10 @@ from zeropoint.graph.bind import bind
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.source import module_path, operator_name, source_line
 from zeropoint.report.accuracy import AccuracyWork
+from zeropoint.report.conversions import is_conversion, is_dequantize, is_quantize
 from zeropoint.report.coverage import CoverageRow, compute_nodes
 from zeropoint.report.environment import environment
-from zeropoint.report.operator_table import integer_nodes, is_dequantize, is_quantize
+from zeropoint.report.operator_table import integer_nodes
 from zeropoint.report.record import record_of
 from zeropoint.report.site_table import Comparison, SiteRow
 from zeropoint.report.work import NodeWork
@@ -68,7 +69,7 @@ def _uncovered(model: GraphModule) -> list[CoverageRow]:
             n.name, operator_name(n), module_path(n), source_line(n), "", "" if n in integer else "not quantized"
         )
         for n in compute_nodes(model)
-        if not is_quantize(n) and not is_dequantize(n)
+        if not is_conversion(n)
     ]
 
 
