@@ -35,7 +35,8 @@ class Borders:
 
     Args:
         quantizes: quantize operators at run time, those that integer operators do as they return included.
-        entries: those of them that read a float value: an input, or what a float operator returned.
+        entries: those of them that read a float value: an input, what a float operator returned, or what an integer
+            one did, where the scale is found at run time.
         requantizations: those that read integers of another scale, and only change the scale.
         exits: dequantize operators whose values a float operator or the output reads.
         islands: float operators between integer ones.
@@ -68,7 +69,7 @@ def _parts(model: GraphModule, whole: GraphModule) -> Iterator[Borders]:
     quantizes = [node for node in model.graph.nodes if is_quantize(node) and node not in constants]
     sources = [node.all_input_nodes[0] for node in quantizes]
     requantizations = sum(is_dequantize(source) for source in sources)
-    returned = sum(source in integer for source in sources)
+    returned = sum(n.all_input_nodes[0] in integer and constants.issuperset(n.all_input_nodes[1:]) for n in quantizes)
     exits = [node for node in model.graph.nodes if is_dequantize(node) and node not in constants]
     yield Borders(
         len(quantizes),
