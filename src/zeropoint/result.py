@@ -73,7 +73,7 @@ class QuantizedModel:
         return speed_note(work_of(self.model))
 
     def tensors(self) -> dict[str, QuantizedTensor]:
-        """Returns the weights that are stored as integers, by their path in the float model."""
+        """Returns the weights that are stored as integers with whole zero points, by their path in the float model."""
         return quantized_tensors(self.model)
 
     def save(self, path: str | os.PathLike[str]) -> Path:

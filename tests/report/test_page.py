@@ -118,6 +118,13 @@ def test_data_of_the_charts(written, model):
     assert [each["macs"] for each in data["work"]] == [each.multiply_accumulates for each in node_work(model)]
 
 
+def test_cells_that_are_no_numbers_sort_last(written):
+    text = written.read_text()
+    assert '<td class="number" data-key="Infinity">exact</td>' in text  # An SQNR of what is equal bit for bit.
+    assert '<td class="number" data-key="">–</td>' in text  # Unused codes of a type that has too many.
+    assert '<td class="number" data-key="0.03">0.02 … 0.03</td>' in text
+
+
 def test_json_that_a_script_element_may_hold():
     value = {"a": [NASTY, "\u2028<!--", float("nan")], "b": float("-inf")}
     text = _json(value)

@@ -6,6 +6,7 @@ import quantizers
 import torch
 from quantizers import annotate
 
+import zeropoint as zp
 from zeropoint.core.specs import QuantizationSpec
 from zeropoint.numerics.granularity import PerAxis, PerGroup, PerTensor
 from zeropoint.numerics.observers import MinMaxObserver, PerChannelMinMaxObserver, PerGroupMinMaxObserver
@@ -38,3 +39,11 @@ def test_stored_integers_have_the_granularity_of_their_observer(observer, scheme
     assert (weight.quant_min, weight.quant_max, weight.is_packed) == (-8, 7, True)
     assert torch.equal(weight.int_repr(), model._frozen_param0)
     assert (weight.dequantize() - module.weight).abs().max() <= weight.scale.max() * 1.01
+
+
+def test_tables_with_zero_points_between_integers_are_left_out():
+    module, tokens = torch.nn.Embedding(10, 4), torch.randint(0, 10, (2, 3))
+    program = torch.export.export(module.eval(), (tokens,))
+    prepared = zp.prepare_pt2e(program.module(), zp.EmbeddingQuantizer())
+    prepared(tokens)
+    assert quantized_tensors(zp.convert_pt2e(prepared)) == {}

@@ -139,9 +139,9 @@ def test_weights_alone_make_no_border():
 
 
 def test_inputs_that_are_quantized_at_run_time():
-    module = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2))
+    module = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2))
     found = borders_of(converted(module, torch.randn(2, 3), config=DYNAMIC))
-    assert (found.entries, found.requantizations, found.islands) == (2, 0, (Island(("gelu",), ("gelu",)),))
+    assert (found.entries, found.requantizations, found.islands) == (3, 0, (Island(("gelu",), ("gelu",)),))
 
 
 def test_a_tensor_that_two_scales_are_wanted_of_is_requantized():

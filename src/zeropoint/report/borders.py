@@ -11,9 +11,9 @@ from torch.fx import GraphModule, Node
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.source import operator_name
-from zeropoint.numerics import ops
+from zeropoint.report.conversions import is_conversion, is_dequantize, is_quantize
 from zeropoint.report.coverage import compute_nodes
-from zeropoint.report.operator_table import integer_nodes, is_dequantize, is_quantize
+from zeropoint.report.operator_table import integer_nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,8 @@ class Borders:
 
     Args:
         quantizes: quantize operators at run time, those that integer operators do as they return included.
-        entries: those of them that read a float value: an input, or what a float operator returned.
+        entries: those of them that read a float value: an input, what a float operator returned, or what an integer
+            one did, where the scale is found at run time.
         requantizations: those that read integers of another scale, and only change the scale.
         exits: dequantize operators whose values a float operator or the output reads.
         islands: float operators between integer ones.
@@ -68,7 +69,7 @@ def _parts(model: GraphModule, whole: GraphModule) -> Iterator[Borders]:
     quantizes = [node for node in model.graph.nodes if is_quantize(node) and node not in constants]
     sources = [node.all_input_nodes[0] for node in quantizes]
     requantizations = sum(is_dequantize(source) for source in sources)
-    returned = sum(source in integer for source in sources)
+    returned = sum(n.all_input_nodes[0] in integer and constants.issuperset(n.all_input_nodes[1:]) for n in quantizes)
     exits = [node for node in model.graph.nodes if is_dequantize(node) and node not in constants]
     yield Borders(
         len(quantizes),
@@ -81,17 +82,13 @@ def _parts(model: GraphModule, whole: GraphModule) -> Iterator[Borders]:
 
 def _islands(model: GraphModule, integer: set[Node], constants: set[Node]) -> Iterator[Island]:
     own = set(model.graph.nodes)
-    floats = [n for n in compute_nodes(model) if n in own and n not in integer and not _is_conversion(n)]
+    floats = [n for n in compute_nodes(model) if n in own and n not in integer and not is_conversion(n)]
     for nodes in _connected(floats):
         read = {source for node in nodes for source in node.all_input_nodes if source not in constants}
         readers = {user for node in nodes for user in node.users}
         is_between = any(is_dequantize(source) or source in integer for source in read)
-        if is_between and any(_is_conversion(user) for user in readers):
+        if is_between and any(is_conversion(user) for user in readers):
             yield Island(tuple(node.name for node in nodes), tuple(operator_name(node) for node in nodes))
-
-
-def _is_conversion(node: Node) -> bool:
-    return is_quantize(node) or is_dequantize(node) or node.target in ops.CHOOSE_QPARAMS_OPS
 
 
 def _connected(nodes: list[Node]) -> Iterator[list[Node]]:

@@ -21,13 +21,14 @@ from zeropoint.graph.source import module_path, operator_name, source_line
 from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.report.compared_sites import Seen, Site, SiteWatch, Sums, find_sites, groups_of, is_float, some_of
 from zeropoint.report.convergence import Convergence, RangeConvergence, range_convergence
+from zeropoint.report.conversions import is_dequantize
 from zeropoint.report.cures import SMALLEST_GAIN_DB, Cures, Patient, find_cures, mean_db
 from zeropoint.report.lockstep import Lockstep
 from zeropoint.report.node_errors import ErrorSums, NodeErrors, parts_db
 from zeropoint.report.site_gains import NoiseAtOutput
 from zeropoint.report.site_reasons import channel_spread, grid_of, reason, spread_scale
 from zeropoint.report.site_table import Comparison, NodeRow, SiteRow
-from zeropoint.report.twin import WHERE, float_constants, folded, is_dequantize
+from zeropoint.report.twin import WHERE, float_constants, folded
 
 STUDIED = 8
 """One batch of so many, the first too, is differentiated, and its operators computed on mixed inputs."""

@@ -14,9 +14,9 @@ from torch.fx import GraphModule, Node
 from zeropoint.graph.bind import reads
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.layers import CLAMPS
+from zeropoint.report.conversions import chooses_qparams, is_dequantize, is_quantize
 from zeropoint.report.coverage import ONLY_CONSTANTS
 from zeropoint.report.record import record_of
-from zeropoint.report.twin import chooses_qparams, is_dequantize, is_quantize
 
 MOST_CODES = 2**16
 """So many values of a tensor, evenly spread, are looked at for the codes that are used; and types of so many codes."""

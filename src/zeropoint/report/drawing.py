@@ -10,8 +10,8 @@ from torch.fx import GraphModule, Node
 
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.source import module_path, operator_name, source_line
-from zeropoint.numerics import ops
-from zeropoint.report.operator_table import integer_nodes, is_dequantize, is_quantize
+from zeropoint.report.conversions import is_conversion
+from zeropoint.report.operator_table import integer_nodes
 
 WIDTH, HEIGHT = 150, 34
 """Of a box."""
@@ -66,7 +66,8 @@ def drawing_of(converted: GraphModule) -> Drawing:
     integer = set(integer_nodes(converted, converted))
     constants = constant_nodes(converted)
     shown = [node for node in converted.graph.nodes if _is_shown(node, constants)]
-    sources = {node: tuple(_sources(node, set(shown))) for node in shown}
+    known = set(shown)
+    sources = {node: tuple(_sources(node, known)) for node in shown}
     layers = _ordered(_layers(sources), sources)
     width = max((len(layer) for layer in layers), default=1) * (WIDTH + ACROSS) - ACROSS
     places = {node: place for i, layer in enumerate(layers) for node, place in _places(layer, i, width)}
@@ -82,8 +83,7 @@ def _is_shown(node: Node, constants: set[Node]) -> bool:
 
 
 def _is_passed_through(node: Node) -> bool:
-    is_conversion = is_quantize(node) or is_dequantize(node) or node.target in ops.CHOOSE_QPARAMS_OPS
-    return is_conversion or operator_name(node) == "getitem"
+    return is_conversion(node) or operator_name(node) == "getitem"
 
 
 def _sources(node: Node, shown: set[Node]) -> Iterator[Node]:

@@ -17,7 +17,7 @@ from zeropoint.graph.constants import constant_nodes, evaluate, mutated_attribut
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.schema import schema_of
 from zeropoint.numerics import ops
-from zeropoint.report.twin import chooses_qparams, is_dequantize, is_quantize
+from zeropoint.report.conversions import chooses_qparams, is_dequantize, is_quantize
 
 aten = torch.ops.aten
 

@@ -21,15 +21,13 @@ from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.layers import CLAMPS
 from zeropoint.graph.observers import has_observers
 from zeropoint.graph.source import module_path, operator_name
-from zeropoint.numerics import ops
 from zeropoint.passes.body_parameters import bring_in_parameters
+from zeropoint.report.conversions import is_dequantize, is_quantize
 from zeropoint.report.record import record_of
 
 HEADER = ("name", "module", "operator", "inputs", "weight", "output", "weight bytes")
 NARROW = 0.5
 """A range of less than this share of its type is shown: 4-bit values in int8."""
-AFFINE = ("quantize_affine", "dequantize_affine")
-"""Operators of torchao, which is not imported for them."""
 DTYPES = ("dtype", "input_dtype", "output_dtype")
 AT_RUN_TIME = "at run time"
 WHERE = "summary"
@@ -149,16 +147,6 @@ def _between_integers(node: Node) -> bool:
 
 def _reads_integers(node: Node) -> bool:
     return any(is_dequantize(source) for _, source in reads(node))
-
-
-def is_quantize(node: Node) -> bool:
-    """True for an operator that makes integers of real values, torchao's included."""
-    return node.target in ops.QUANTIZE_OPS or (node.op == "call_function" and operator_name(node) == AFFINE[0])
-
-
-def is_dequantize(node: Node) -> bool:
-    """True for an operator that makes real values of integers, torchao's included."""
-    return node.target in ops.DEQUANTIZE_OPS or (node.op == "call_function" and operator_name(node) == AFFINE[1])
 
 
 def _text(model: GraphModule, node: Node) -> str:

@@ -147,8 +147,8 @@ def _speed_tile(facts: Facts) -> tuple[str, str, list[str]]:
     found = facts.benchmark
     if found is None:
         return "Speed", "not measured", ["give the result of zeropoint.bench"]
-    times = f"{found.float_file.median_ms:.3g} → {found.quantized_file.median_ms:.3g} ms"
-    return "Speed", f"{found.ratio:.2f} × the time", [times, f"medians of {found.runs} runs, threads: {found.threads}"]
+    times = f"the float time: {found.float_file.median_ms:.3g} → {found.quantized_file.median_ms:.3g} ms"
+    return "Speed", f"{found.ratio:.2f} ×", [times, f"medians of {found.runs} runs, threads: {found.threads}"]
 
 
 def _integer_tile(facts: Facts) -> tuple[str, str, list[str]]:

@@ -14,16 +14,17 @@ from zeropoint.graph.bind import bind
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.source import module_path, operator_name, source_line
 from zeropoint.report.accuracy import AccuracyWork
+from zeropoint.report.conversions import is_conversion, is_dequantize, is_quantize
 from zeropoint.report.coverage import CoverageRow, compute_nodes
 from zeropoint.report.environment import environment
-from zeropoint.report.operator_table import integer_nodes, is_dequantize, is_quantize
+from zeropoint.report.operator_table import integer_nodes
 from zeropoint.report.record import record_of
 from zeropoint.report.site_table import Comparison, SiteRow
 from zeropoint.report.work import NodeWork
 
 SITES = (
-    "site", "kind", "gain (dB)", "noise", "SQNR (dB)", "own (dB)", "cosine", "clipped", "unused codes", "scale",
-    "zero point", "operator", "module", "source", "why",
+    "site", "kind", "gain (dB)", "noise", "SQNR (dB)", "own (dB)", "why", "clipped", "unused codes", "cosine", "scale",
+    "zero point", "operator", "module", "source",
 )  # fmt: skip
 DTYPES = ("dtype", "input_dtype", "output_dtype")
 GRANULARITIES = (
@@ -41,9 +42,9 @@ def site_table(comparison: Comparison) -> dict[str, Any]:
 def _site_cells(row: SiteRow) -> list[dict[str, Any]]:
     return [
         _text(row.site), _text(row.kind), _number(row.gain_db, ".2f"), _number(row.noise, ".2%"),
-        _number(row.sqnr_db, ".1f"), _number(row.own_sqnr_db, ".1f"), _number(row.cosine, ".4f"),
-        _number(row.clipped, ".3%"), _number(row.unused_codes, ".0%"), _some(row.scale, ".4g"),
-        _some(row.zero_point, "d"), _text(row.operator), _text(row.module), _text(row.source), _text(row.why),
+        _number(row.sqnr_db, ".1f"), _number(row.own_sqnr_db, ".1f"), _sentence(row.why), _number(row.clipped, ".3%"),
+        _number(row.unused_codes, ".0%"), _number(row.cosine, ".4f"), _some(row.scale, ".4g"),
+        _some(row.zero_point, "d"), _text(row.operator), _text(row.module), _text(row.source),
     ]  # fmt: skip
 
 
@@ -51,19 +52,13 @@ def operator_table(model: GraphModule, work: Sequence[NodeWork]) -> dict[str, An
     """Returns columns and rows of what computes: in integers or in float, and why."""
     amounts = {node.node: node.multiply_accumulates for node in work}
     rows = record_of(model).coverage or _uncovered(model)
-    return {
-        "columns": OPERATORS,
-        "rows": [
-            {
-                "kind": "integer" if row.is_quantized else "float",
-                "cells": [
-                    _text(row.node), _text(row.operator), _text("integer" if row.is_quantized else "float"),
-                    _number(amounts.get(row.node, 0), ",d"), _text(row.module), _text(row.source), _text(row.reason),
-                ],
-            }
-            for row in rows
-        ],
-    }  # fmt: skip
+    return {"columns": OPERATORS, "rows": [_operator(row, amounts.get(row.node, 0)) for row in rows]}
+
+
+def _operator(row: CoverageRow, amount: int) -> dict[str, Any]:
+    kind = "integer" if row.is_quantized else "float"
+    texts = [_text(each) for each in (row.node, row.operator, kind, row.module, row.source)]
+    return {"kind": kind, "cells": [*texts[:3], _number(amount, ",d"), *texts[3:], _sentence(row.reason)]}
 
 
 def _uncovered(model: GraphModule) -> list[CoverageRow]:
@@ -74,29 +69,33 @@ def _uncovered(model: GraphModule) -> list[CoverageRow]:
             n.name, operator_name(n), module_path(n), source_line(n), "", "" if n in integer else "not quantized"
         )
         for n in compute_nodes(model)
-        if not is_quantize(n) and not is_dequantize(n)
+        if not is_conversion(n)
     ]
 
 
 def _text(value: str) -> dict[str, Any]:
-    return {"text": value, "key": None, "is_number": False}
+    return {"text": value, "key": None, "kind": ""}
+
+
+def _sentence(value: str) -> dict[str, Any]:
+    return {"text": value, "key": None, "kind": "sentence"}
 
 
 def _number(value: float, form: str) -> dict[str, Any]:
     """Returns a cell that sorts by its number; one that is none sorts last."""
     if math.isnan(value):
-        return {"text": "–", "key": "", "is_number": True}
+        return {"text": "–", "key": "", "kind": "number"}
     text = "exact" if value == math.inf else format(value, form)
-    return {"text": text, "key": 1e300 if value == math.inf else value, "is_number": True}
+    return {"text": text, "key": "Infinity" if value == math.inf else value, "kind": "number"}
 
 
 def _some(values: Sequence[float], form: str) -> dict[str, Any]:
     """Returns a cell of one value, or of the smallest and the largest of several; sorted by the largest."""
     if not values:
-        return _text("at run time")
+        return {"text": "at run time", "key": "", "kind": "number"}
     low, high = min(values), max(values)
     text = format(high, form) if low == high else f"{format(low, form)} … {format(high, form)}"
-    return {"text": text, "key": high, "is_number": True}
+    return {"text": text, "key": high, "kind": "number"}
 
 
 # -- times, configuration, environment -------------------------------------------------------------------------------

@@ -19,16 +19,25 @@ LARGE_SHARE = 0.5
 
 
 def quantized_tensors(converted: GraphModule) -> dict[str, QuantizedTensor]:
-    """Returns the constants that are stored as integers, by their path in the float model."""
+    """Returns the constants that are stored as integers, by their path in the float model.
+
+    Those whose zero points are no integers, as embedding tables may have them, are left out.
+    """
     found: dict[str, QuantizedTensor] = {}
     for node in converted.graph.nodes:
         if node.target not in STORED:
             continue
         stored = node.args[0]
-        if isinstance(stored, Node) and stored.op == "get_attr":
+        is_stored = isinstance(stored, Node) and stored.op == "get_attr"
+        if is_stored and not _has_float_zero_points(converted, node):
             path = stored.meta.get(FLOAT_PATH_KEY, str(stored.target))
             found.setdefault(path, _tensor(converted, node, stored))
     return found
+
+
+def _has_float_zero_points(converted: GraphModule, dequantize: Node) -> bool:
+    zero_points = dequantize.args[2]
+    return isinstance(zero_points, Node) and get_attribute(converted, str(zero_points.target)).is_floating_point()
 
 
 def _tensor(converted: GraphModule, dequantize: Node, stored: Node) -> QuantizedTensor:

@@ -17,34 +17,11 @@ from zeropoint.graph.constants import FLOAT_PATH_KEY, constant_nodes, evaluate
 from zeropoint.graph.control_flow import is_control_flow
 from zeropoint.graph.layers import scale_inputs, scale_outputs
 from zeropoint.graph.source import describe
-from zeropoint.numerics import ops
 from zeropoint.passes.canonicalize import canonicalize
 from zeropoint.passes.fold_batch_norm import fold_batch_norm
+from zeropoint.report.conversions import is_dequantize, is_quantize
 
 WHERE = "compare"
-_AFFINE = ("quantize_affine", "dequantize_affine", "choose_qparams_affine")
-
-
-def is_quantize(node: Node) -> bool:
-    """True for an operator that makes integers."""
-    return node.target in ops.QUANTIZE_OPS or _affine_name(node) == "quantize_affine"
-
-
-def is_dequantize(node: Node) -> bool:
-    """True for an operator that makes real values of integers."""
-    return node.target in ops.DEQUANTIZE_OPS or _affine_name(node) == "dequantize_affine"
-
-
-def chooses_qparams(node: Node) -> bool:
-    """True for an operator that finds scale and zero point at run time."""
-    return node.target in ops.CHOOSE_QPARAMS_OPS or _affine_name(node) == "choose_qparams_affine"
-
-
-def _affine_name(node: Node) -> str:
-    if node.op != "call_function":
-        return ""
-    name = str(node.target).split(".")[-2:][0]
-    return name if name in _AFFINE else ""
 
 
 def folded(float_model: GraphModule) -> GraphModule:

@@ -152,7 +152,7 @@
         shapes: [line(row.low, "mark"), line(row.high, "mark")],
         annotations: [word(row.low, names[0] + number(row.low), width < 500 ? "right" : "left"), word(row.high, names[1] + number(row.high), width < 500 ? "left" : "right")],
         xaxis: axis("value", { range: [row.start, row.start + row.counts.length * row.step] }),
-        yaxis: axis("values", { type: "log", exponentformat: "power", dtick: 1 }),
+        yaxis: axis("values", { type: "log", exponentformat: "power", dtick: 1, range: [-0.2, 0.1 + Math.log10(Math.max(...row.counts))] }),
       },
     };
   }
