@@ -78,8 +78,8 @@ class Cure:
             raise ComparisonError(f"{type(quantizer).__name__} has no rules", where="Cure.apply", remedy=remedy)
         for module in self.modules:
             self._set_module(quantizer, rules, module)
-        if self.nodes:
-            quantizer.set_filter_function(_without(frozenset(self.nodes), rules.filter_function))
+        for node in self.nodes:
+            quantizer.set_node_name(node, None)
         return quantizer
 
     def _set_module(self, quantizer: Any, rules: Rules, module: str) -> None:
@@ -102,10 +102,6 @@ def per_channel(config: QuantizationConfig) -> QuantizationConfig:
     observer = PerChannelMinMaxObserver.with_args(eps=PER_CHANNEL_EPS)
     weight = replace(config.weight, observer_or_fake_quant_ctr=observer, qscheme=torch.per_channel_symmetric, ch_axis=0)
     return replace(config, weight=weight)
-
-
-def _without(names: frozenset[str], before: Callable[[Node], bool] | None) -> Callable[[Node], bool]:
-    return lambda node: node.name not in names and (before is None or before(node))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
