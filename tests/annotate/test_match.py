@@ -194,6 +194,7 @@ class TestTableQuantizer:
     def test_every_setter_returns_the_quantizer(self):
         quantizer = Tiny()
         assert quantizer.set_global(CONFIG) is quantizer
+        assert quantizer.set_node_name("a", None) is quantizer
         assert quantizer.set_module_name("a", None) is quantizer
         assert quantizer.set_module_type(nn.Linear, CONFIG) is quantizer
         assert quantizer.set_operator_type(aten.linear.default, CONFIG) is quantizer
@@ -214,6 +215,7 @@ class TestTableQuantizer:
     @pytest.mark.parametrize(
         ("setter", "arguments", "words"),
         [
+            ("set_node_name", (3, CONFIG), "3 is no node name. Give the node's name"),
             ("set_module_name", (3, CONFIG), "3 is no module name. Give the path of a module"),
             ("set_module_type", (3, CONFIG), "3 is no module type. Give a class"),
             ("set_operator_type", ("add", CONFIG), "'add' is no operator. Give the operator itself"),

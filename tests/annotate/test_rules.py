@@ -38,9 +38,10 @@ def test_no_rule(model):
         (Rules(by_operator={aten.conv2d.default: THREE}, everything=FOUR), THREE),
         (Rules(by_module_type={CONV: TWO}, by_operator={aten.conv2d.default: THREE}, everything=FOUR), TWO),
         (Rules({"blocks.1": ONE}, {CONV: TWO}, {aten.conv2d.default: THREE}, FOUR), ONE),
+        (Rules({"blocks.1": ONE}, {CONV: TWO}, by_node_name={"conv2d_1": THREE, "conv2d": FOUR}), THREE),
     ],
 )
-def test_module_name_precedes_type_precedes_operator_precedes_all(model, rules, expected):
+def test_node_precedes_module_name_precedes_type_precedes_operator_precedes_all(model, rules, expected):
     assert chosen(rules, model)[0] is expected
 
 
@@ -106,6 +107,7 @@ def test_a_filter_function_precedes_all(model):
             Rules(by_operator={aten.sub.Tensor: ONE}),
             r"set_operator_type\(aten.sub.Tensor\).*operators: add, batch_norm,",
         ),
+        (Rules(by_node_name={"conv2d_9": None}), r"set_node_name\('conv2d_9'\): .*nodes: conv2d, batch_norm"),
         (Rules(filter_function=lambda node: False), "set_filter_function: it accepts no node"),
     ],
 )
@@ -116,6 +118,7 @@ def test_a_rule_that_matches_nothing_is_an_error_that_names_what_there_is(model,
 
 def test_rules_that_match(model):
     Rules({"blocks.?.conv": ONE}, {CONV: TWO}, {aten.add.Tensor: None}, FOUR, lambda n: True).check_all_match(model)
+    Rules(by_node_name={"conv2d_1": ONE, "add": None}).check_all_match(model)
 
 
 # Nodes that are erased before annotation: `models.net` has batch norm after its convolutions.

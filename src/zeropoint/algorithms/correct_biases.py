@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node, map_arg
 from torch.utils import _pytree as pytree
 
 from zeropoint.algorithms.watch import watch
+from zeropoint.core.policy import CORRECTED_KEY
 from zeropoint.graph.attributes import get_attribute, set_parameter
 from zeropoint.graph.bind import argument
 from zeropoint.graph.layers import LAYERS, channel_axis
@@ -103,6 +104,7 @@ def correct_biases(
         for finished in last_read.get(node, ()):
             for known in values:
                 known.pop(finished, None)
+    converted.meta[CORRECTED_KEY] = tuple(changed)
     return Correction(tuple(changed), correctable, samples)
 
 

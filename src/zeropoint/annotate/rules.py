@@ -1,4 +1,4 @@
-"""Rules: which configuration a node gets, by module name, module type, operator or for the whole model."""
+"""Rules: which configuration a node gets, by its name, module name, module type, operator or for the whole model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOT_SELECTED = "no rule selects it"
 
 @dataclass
 class Rules:
-    """The user's choices. Precedence: module name, module type, operator type, global; the innermost module wins.
+    """The user's choices. Precedence: node, module name, module type, operator type, global; the innermost module wins.
 
     A configuration of None means: leave float.
     """
@@ -34,6 +34,7 @@ class Rules:
     by_operator: dict[Any, Choice] = field(default_factory=dict)
     everything: Choice = None
     filter_function: Callable[[Node], bool] | None = None
+    by_node_name: dict[str, Choice] = field(default_factory=dict)
 
     def choose(self, node: Node) -> tuple[Choice, str]:
         """Returns the node's configuration, or None with the reason why it stays float."""
@@ -43,10 +44,12 @@ class Rules:
         return (self.everything, NOT_SELECTED) if rule is None else (rule[1], f"{rule[0]}, None) leaves it out")
 
     def _winner(self, node: Node) -> tuple[str, Choice] | None:
-        return next(self.selecting(module_stack(node), targets_of(node)), None)
+        return next(self.selecting(node.name, module_stack(node), targets_of(node)), None)
 
-    def selecting(self, stack: Stack, targets: tuple[Any, ...]) -> Iterator[tuple[str, Choice]]:
+    def selecting(self, name: str, stack: Stack, targets: tuple[Any, ...]) -> Iterator[tuple[str, Choice]]:
         """Yields the rules that select a node, the one that wins first: the beginning of its call, and its choice."""
+        if name in self.by_node_name:
+            yield f"set_node_name({name!r}", self.by_node_name[name]
         for path in paths_of(stack):
             for pattern, config in reversed(self.by_module_name.items()):
                 if matches(path, pattern):
@@ -67,7 +70,8 @@ class Rules:
 
     def is_for_training(self) -> bool:
         """True when a configuration asks for fake quantizers."""
-        chosen = [self.everything, *self.by_module_name.values(), *self.by_module_type.values()]
+        chosen = [self.everything, *self.by_node_name.values(), *self.by_module_name.values()]
+        chosen += self.by_module_type.values()
         return any(config is not None and config.is_qat for config in [*chosen, *self.by_operator.values()])
 
     def check_all_match(self, model: GraphModule) -> None:
@@ -85,6 +89,10 @@ class Rules:
         targets |= {target for gone, _ in gone_nodes for target in gone.targets}
         paths = sorted({path for stack in stacks for path in paths_of(stack) if path})
         kinds = sorted({kind for stack in stacks for _, kind in stack})
+        names = [node.name for node in nodes] + [gone.name for gone, _ in gone_nodes]
+        for name in self.by_node_name:
+            if name not in names:
+                raise _unmatched(f"set_node_name({name!r})", "nodes", names)
         for pattern in self.by_module_name:
             if not any(matches(path, pattern) for path in paths):
                 raise _unmatched(f"set_module_name({pattern!r})", "modules", paths)
@@ -102,8 +110,8 @@ class Rules:
 
     def _check_folded(self, gone: Origin, layer: Origin) -> None:
         """Raises when a rule that selects a node, and not the layer that computes it, chooses otherwise than that."""
-        rule, choice = next(self.selecting(gone.stack, gone.targets), ("", None))
-        of_layer = list(self.selecting(layer.stack, layer.targets))
+        rule, choice = next(self.selecting(gone.name, gone.stack, gone.targets), ("", None))
+        of_layer = list(self.selecting(layer.name, layer.stack, layer.targets))
         chosen = of_layer[0][1] if of_layer else self.everything
         if not rule or choice == chosen or any(rule == other for other, _ in of_layer):
             return

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class TableQuantizer(Quantizer):
     """Annotates by ``table``, where the user's rules say so. Every ``set_`` method returns the quantizer.
 
-    Precedence: module name, module type, operator type, global; the innermost module wins, and None leaves float.
+    Precedence: node, module name, module type, operator type, global; the innermost module wins, None leaves float.
     A rule that matches no node of the model is an error, raised by ``validate``; so is one for a batch norm that is
     folded into a layer for which another configuration is chosen. A rule that no model could match, such as an
     operator's name in place of the operator, is a RuleError at once.
@@ -39,6 +39,14 @@ class TableQuantizer(Quantizer):
     def set_global(self, quantization_config: QuantizationConfig) -> Self:
         """Sets the configuration of every node that no other rule selects."""
         self.rules.everything = _checked(quantization_config, "set_global")
+        return self
+
+    def set_node_name(self, node_name: str, quantization_config: Choice) -> Self:
+        """Sets the configuration of one node, by its name in the graph that is quantized, as ``explain`` gives it."""
+        if not isinstance(node_name, str):
+            remedy = "Give the node's name, node.name."
+            raise RuleError(f"{node_name!r} is no node name", where="set_node_name", remedy=remedy)
+        self.rules.by_node_name[node_name] = _checked(quantization_config, "set_node_name")
         return self
 
     def set_module_name(self, module_name: str, quantization_config: Choice) -> Self:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import ParamSpec
 
 from zeropoint.core.errors import (
@@ -29,10 +32,15 @@ class Exit(enum.IntEnum):
     USAGE = 2
     CHECK = 3
     INTERRUPTED = 130
+    TERMINATED = 143
 
 
 class UsageError(SpecError):
     """An argument, an option or a configuration file that says something impossible."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was told to end, by SIGTERM."""
 
 
 class CheckFailed(ZeropointError):
@@ -62,9 +70,12 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         debug = bool(kwargs.get("debug"))
         try:
-            command(*args, **kwargs)
-        except KeyboardInterrupt:
-            _end(Exit.INTERRUPTED, "interrupted; nothing is left half written", show_trace=debug)
+            with _ended_in_order():
+                command(*args, **kwargs)
+        except KeyboardInterrupt as error:
+            is_told = isinstance(error, Terminated)
+            code, word = (Exit.TERMINATED, "terminated") if is_told else (Exit.INTERRUPTED, "interrupted")
+            _end(code, f"{word}; nothing is left half written", show_trace=debug)
         except ZeropointError as error:
             _end(code_of(error), str(error), show_trace=debug)
         except Exception as error:
@@ -72,6 +83,23 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             _end(Exit.FAILED, f"{type(error).__name__}: {str(error).strip()}.{hint}", show_trace=debug)
 
     return run
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Generator[None]:
+    """Makes SIGTERM an exception, as Ctrl-C is one, so that what is half written is removed."""
+    if threading.current_thread() is not threading.main_thread():  # Only that takes signals.
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
 
 
 def _end(code: Exit, message: str, *, show_trace: bool) -> None:

@@ -44,6 +44,16 @@ class Job:
         """A new quantizer of the settings."""
         return quantizer_of(self.settings)
 
+    def named(self) -> dict[str, Any]:
+        """Returns what a result in JSON is of."""
+        data = self.data
+        return {
+            "model": self.model.name,
+            "backend": self.settings.backend,
+            "data": None if data is None else data.name,
+            "data_is_random": data is not None and data.is_random,
+        }
+
     @property
     def quantization(self) -> tuple[Quantizer | None]:
         """What ``check_backend`` takes after the model: the quantizer, unless the model is converted already."""
@@ -115,8 +125,8 @@ def checked(settings: Settings, where: str) -> Settings:
         if is_wrong:
             raise UsageError(f"{name} is {value}; it takes {wanted}", where=where)
     for number, rule in enumerate(settings.rules):
-        given = [name for name in ("module", "type", "operator") if getattr(rule, name)]
+        given = [name for name in ("module", "type", "operator", "node") if getattr(rule, name)]
         if len(given) != 1:
             what = f"rules[{number}] has {' and '.join(given) or 'no key that says for what it is'}"
-            raise UsageError(what, where=where, remedy="Give one of module, type, operator.")
+            raise UsageError(what, where=where, remedy="Give one of module, type, operator, node.")
     return settings

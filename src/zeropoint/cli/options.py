@@ -98,6 +98,13 @@ MinAgreementOption = Annotated[
     typer.Option(metavar="SHARE", help="Exit with 3 below this share of samples of one class.", show_default=False),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace the results in DIR.")]
+RunsOption = Annotated[int, typer.Option("--runs", min=1, metavar="N", help="How often each file is run and timed.")]
+MeasureOption = Annotated[
+    int, typer.Option("--measure", min=0, metavar="N", help="How many cures are looked for; 0: none.")
+]
+ReportOption = Annotated[
+    bool, typer.Option("--report", help="Compare site by site and time it too, and write report.html.")
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON to standard output, and nothing else.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and what packages log.")]

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from zeropoint.cli.data import Data
+
 T = TypeVar("T")
 
 
@@ -35,6 +37,12 @@ def write_text(text: str) -> None:
 def note(text: str) -> None:
     """Writes a line to standard error."""
     sys.stderr.write(text + "\n")
+
+
+def warn_of_random(data: Data | None) -> None:
+    """Says on standard error that data is random, where it is."""
+    if data is not None and data.is_random:
+        note("zeropoint: warning: the data is random; ranges and accuracy will not be those of real data")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from zeropoint.cli.exits import UsageError
 from zeropoint.core.errors import FileError
 
-FILES = ("model.pte", "summary.json", "explain.txt", "config.toml")
+FILES = ("model.pte", "summary.json", "explain.txt", "config.toml", "report.html")
 """What is written."""
 
 
@@ -24,11 +24,7 @@ def check_free(folder: Path, *, force: bool) -> None:
             results, which ``force`` would delete.
         FileError: the folder around it is not there, or cannot be written to.
     """
-    parent = folder.resolve().parent
-    if not parent.is_dir():
-        raise FileError("there is no such folder", where=str(parent), remedy="Create it, or choose another.")
-    if not os.access(parent, os.W_OK):
-        raise FileError("it cannot be written to", where=str(parent), remedy="Choose another.")
+    _check_parent(folder.resolve().parent)
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -40,6 +36,27 @@ def check_free(folder: Path, *, force: bool) -> None:
         raise UsageError(what, where=str(folder), remedy="Choose a new folder.")
     if found and not force:
         raise UsageError("the folder holds results", where=str(folder), remedy="Give --force to replace them.")
+
+
+def check_file_free(file: Path, *, force: bool) -> None:
+    """Raises where a file cannot go: before any work.
+
+    Raises:
+        UsageError: there is something of that name, and no ``force``; or a folder.
+        FileError: the folder around it is not there, or cannot be written to.
+    """
+    _check_parent(file.resolve().parent)
+    if file.is_dir():
+        raise UsageError("there is a folder of that name", where=str(file), remedy="Give the name of a file.")
+    if file.exists() and not force:
+        raise UsageError("the file is there", where=str(file), remedy="Give --force to replace it.")
+
+
+def _check_parent(parent: Path) -> None:
+    if not parent.is_dir():
+        raise FileError("there is no such folder", where=str(parent), remedy="Create it, or choose another.")
+    if not os.access(parent, os.W_OK):
+        raise FileError("it cannot be written to", where=str(parent), remedy="Choose another.")
 
 
 @contextlib.contextmanager

@@ -32,6 +32,8 @@ def quantizer_of(settings: Settings) -> XNNPACKQuantizer:
             quantizer.set_module_name(rule.module, choice)
         elif rule.type:
             quantizer.set_module_type(_module_type(rule.type), choice)
+        elif rule.node:
+            quantizer.set_node_name(rule.node, choice)
         else:
             quantizer.set_operator_type(_operator(rule.operator), choice)
     return quantizer

@@ -51,18 +51,20 @@ class DataSettings:
 
 @dataclass(frozen=True, slots=True)
 class RuleSettings:
-    """Another scheme for some operators. One of ``module``, ``type`` and ``operator`` is given.
+    """Another scheme for some operators. One of ``module``, ``type``, ``operator`` and ``node`` is given.
 
     Args:
         module: path of a module, with ``*`` and ``?`` as in file names; all in it.
         type: class of modules, e.g. ``torch.nn.LayerNorm``; all in them.
         operator: e.g. ``aten.add.Tensor``, or ``add`` for every form of it.
+        node: one operator, by the name that ``explain`` and ``compare`` give it.
         scheme: what these operators get.
     """
 
     module: str = ""
     type: str = ""
     operator: str = ""
+    node: str = ""
     scheme: Scheme = "float"
 
 

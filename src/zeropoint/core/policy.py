@@ -9,6 +9,8 @@ from zeropoint.core.errors import SpecError
 
 RECORD_KEY = "zeropoint"
 """Metadata of a model: the record of its quantization, whose ``policy`` is that of the backend that it is made for."""
+CORRECTED_KEY = "zeropoint_corrected"
+"""Metadata of a converted model: names of the layers whose biases were corrected for the noise at them."""
 EQUALIZED_KEY = "zeropoint_equalized"
 """Metadata of a model whose channels were equalized: names of two layers, and what each channel was divided by."""
 BIASES = ("float", "float on the int32 grid")

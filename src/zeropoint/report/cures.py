@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from zeropoint.annotate.rules import Rules
 from zeropoint.core.configs import QuantizationConfig
 from zeropoint.core.errors import ComparisonError
+from zeropoint.core.policy import CORRECTED_KEY
 from zeropoint.graph.layers import LAYERS, TRANSPOSED
 from zeropoint.graph.layers import groups_of as groups_of_layer
 from zeropoint.graph.source import module_path, module_stack
@@ -78,8 +79,8 @@ class Cure:
             raise ComparisonError(f"{type(quantizer).__name__} has no rules", where="Cure.apply", remedy=remedy)
         for module in self.modules:
             self._set_module(quantizer, rules, module)
-        if self.nodes:
-            quantizer.set_filter_function(_without(frozenset(self.nodes), rules.filter_function))
+        for node in self.nodes:
+            quantizer.set_node_name(node, None)
         return quantizer
 
     def _set_module(self, quantizer: Any, rules: Rules, module: str) -> None:
@@ -102,10 +103,6 @@ def per_channel(config: QuantizationConfig) -> QuantizationConfig:
     observer = PerChannelMinMaxObserver.with_args(eps=PER_CHANNEL_EPS)
     weight = replace(config.weight, observer_or_fake_quant_ctr=observer, qscheme=torch.per_channel_symmetric, ch_axis=0)
     return replace(config, weight=weight)
-
-
-def _without(names: frozenset[str], before: Callable[[Node], bool] | None) -> Callable[[Node], bool]:
-    return lambda node: node.name not in names and (before is None or before(node))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -171,7 +168,7 @@ class Patient:
             each: self.run.float_weight(site) for site in gone if site.kind == "weight" for each in site.dequantizes
         }
         skipped |= {each for site in gone if site.kind == "activation" for each in site.dequantizes}
-        biases = self._biases(floats)
+        biases = self._biases([*floats, *self._corrected_anew(proposals)])
         constants = {node: value for each in proposals for node, value in each.constants.items()} | weights | biases
 
         def other(node: Node, values: dict[Node, Any]) -> Any:
@@ -185,6 +182,14 @@ class Patient:
         """Returns the float biases of layers: those of the quantized model are on the grid of its scales."""
         read = {n for layer in layers for n in layer.all_input_nodes if n.op == "get_attr"}
         return {n: self.run.constants[n] for n in read if n in self.run.constants}
+
+    def _corrected_anew(self, proposals: Sequence[Proposal]) -> list[Node]:
+        """Returns the layers whose biases were corrected for noise that is gone: those after the first that changes."""
+        changed = {node for each in proposals for node in each.floats}
+        changed |= {reader for each in proposals for node in each.constants for reader in node.users}
+        first = next((index for index, node in enumerate(self.run.nodes) if node in changed), len(self.run.nodes))
+        corrected = self.run.model.meta.get(CORRECTED_KEY, ())
+        return [node for node in self.run.nodes[first:] if node.name in corrected]
 
     def lost(self, floats: frozenset[Node]) -> int:
         """Returns the integer multiply-accumulates of nodes."""

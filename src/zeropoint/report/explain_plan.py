@@ -63,12 +63,10 @@ def matched_rules(model: GraphModule, quantizer: Any) -> tuple[MatchedRule, ...]
 
 def _matched(model: GraphModule, rules: Rules) -> list[MatchedRule]:
     matched, decided = Counter[str](), Counter[str]()
-    places = [(module_stack(node), targets_of(node)) for node in calls(model)]
-    places += [(gone.stack, gone.targets) for gone, _ in erased(model)]
-    for stack, targets in places:
-        selecting = [
-            f"{name}, {'None' if choice is None else '...'})" for name, choice in rules.selecting(stack, targets)
-        ]
+    places = [(node.name, module_stack(node), targets_of(node)) for node in calls(model)]
+    places += [(gone.name, gone.stack, gone.targets) for gone, _ in erased(model)]
+    for place in places:
+        selecting = [f"{rule}, {'None' if choice is None else '...'})" for rule, choice in rules.selecting(*place)]
         matched.update(set(selecting))
         decided.update(selecting[:1])
     return [MatchedRule(rule, count, decided[rule]) for rule, count in matched.items()]

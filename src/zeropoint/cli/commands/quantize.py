@@ -9,10 +9,10 @@ from typing import Any
 
 import zeropoint
 from zeropoint.api import QuantizedModel
-from zeropoint.api import quantize as quantize_model
 from zeropoint.cli.evaluation import Evaluation, evaluate
 from zeropoint.cli.exits import CheckFailed, UsageError
 from zeropoint.cli.job import Job, checked, load_job
+from zeropoint.cli.measured import Measured, measured, quantized, require_data, require_report
 from zeropoint.cli.options import (
     BackendOption,
     ConfigOption,
@@ -28,11 +28,12 @@ from zeropoint.cli.options import (
     MinSqnrOption,
     ModelArgument,
     OutOption,
+    ReportOption,
     SchemeOption,
     StrictOption,
     settings_of,
 )
-from zeropoint.cli.output import StageBar, note, number, only_results, write_json, write_text
+from zeropoint.cli.output import StageBar, number, only_results, warn_of_random, write_json, write_text
 from zeropoint.cli.output_folder import check_free, written_whole
 from zeropoint.cli.schema import to_toml
 from zeropoint.cli.settings import CheckSettings, Settings
@@ -40,11 +41,7 @@ from zeropoint.core.extras import require_extra
 from zeropoint.report.explain import explain
 from zeropoint.report.explanation import Explanation
 
-Done = tuple[QuantizedModel, Evaluation | None]
-NO_DATA = (
-    "Give --data: a folder of pictures, an .npz or .safetensors file, package.module:callable, or the word random; "
-    "or --scheme dynamic, which measures nothing."
-)
+Done = tuple[QuantizedModel, Evaluation | None, Measured | None]
 
 
 def quantize(
@@ -60,6 +57,7 @@ def quantize(
     strict: StrictOption = None,
     min_sqnr: MinSqnrOption = None,
     min_agreement: MinAgreementOption = None,
+    report: ReportOption = False,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
@@ -69,14 +67,15 @@ def quantize(
     settings = settings_of(config, backend, scheme, exclude_module, exclude_type, exclude_operator, strict)
     settings = _with_checks(settings, min_sqnr, min_agreement)
     out = None if dry_run else _free(out, force=force)
-    if data is None and settings.scheme != "dynamic":
-        raise UsageError("there is no data to measure activations on", where="quantize", remedy=NO_DATA)
+    require_data(data, settings, "quantize")
     require_extra("executorch.exir", "executorch")
+    if report:
+        require_report()
     with only_results(debug=debug), StageBar() as bar:
         bar("load and export", 0, None)
         job = load_job(model, data, settings)
         explanation = explain(job.graph, job.quantizer, strict=settings.checks.strict)
-        done = None if out is None else _run(job, bar)
+        done = None if out is None else _run(job, bar, report=report)
         if out is not None and done is not None:
             _write(out, job, explanation, done)
     _show(job, explanation, done, out, json=json)
@@ -97,33 +96,22 @@ def _with_checks(settings: Settings, min_sqnr: float | None, min_agreement: floa
     return checked(replace(settings, checks=checks), "the command line")
 
 
-def _run(job: Job, bar: StageBar) -> Done:
-    settings, data = job.settings, job.data
-    result = quantize_model(
-        job.graph,
-        job.example_inputs,
-        None if data is None else data.calibration,
-        settings.backend,
-        quantizer=job.quantizer,
-        accuracy=settings.accuracy,
-        verify=settings.verify,
-        progress=bar,
-    )
-    if data is None or data.is_random:
-        return result, None
-    batches = bar.each(data.evaluation, len(data.evaluation), "compare with float")
-    return result, evaluate(job.graph, result.model, data, batches)
+def _run(job: Job, bar: StageBar, *, report: bool) -> Done:
+    data = job.data
+    result = quantized(job, bar)
+    evaluation = None
+    if data is not None and not data.is_random:
+        batches = bar.each(data.evaluation, len(data.evaluation), "compare with float")
+        evaluation = evaluate(job.graph, result.model, data, batches)
+    return result, evaluation, measured(job, result, bar) if report else None
 
 
 def _summary(job: Job, explanation: Explanation, done: Done) -> dict[str, Any]:
-    result, compared = done
+    result, compared, _ = done
     data, record = job.data, result.record
     return {
         "zeropoint": zeropoint.__version__,
-        "model": job.model.name,
-        "backend": job.settings.backend,
-        "data": None if data is None else data.name,
-        "data_is_random": data is not None and data.is_random,
+        **job.named(),
         "calibration_samples": 0 if data is None else len(data.calibration) * data.batch,
         "operators": {"integer": len(explanation.quantized), "float": len(explanation.stays_float)},
         "rules": [{"rule": each.rule, "matched": each.matched, "decided": each.decided} for each in explanation.rules],
@@ -153,8 +141,11 @@ def _write(out: Path, job: Job, explanation: Explanation, done: Done) -> None:
     summary = json_module.dumps(_summary(job, explanation, done), indent=2, allow_nan=False)
     data = "" if job.data is None else f" --data {job.data.name}"
     header = f"# zeropoint quantize {job.model.name}{data} --config config.toml -o DIR\n"
+    result, _, found = done
     with written_whole(out) as folder:
-        (folder / "model.pte").write_bytes(done[0].pte)
+        (folder / "model.pte").write_bytes(result.pte)
+        if found is not None:
+            found.write(result, folder / "report.html", job.model.name)
         (folder / "summary.json").write_text(summary + "\n", encoding="utf8")
         (folder / "explain.txt").write_text(f"{explanation}\n", encoding="utf8")
         (folder / "config.toml").write_text(header + to_toml(job.settings), encoding="utf8")
@@ -162,13 +153,12 @@ def _write(out: Path, job: Job, explanation: Explanation, done: Done) -> None:
 
 def _show(job: Job, explanation: Explanation, done: Done | None, out: Path | None, *, json: bool) -> None:
     data = "none" if job.data is None else job.data.describe()
-    if job.data is not None and job.data.is_random:
-        note("zeropoint: warning: the data is random; ranges and accuracy will not be those of real data")
+    warn_of_random(job.data)
     if done is None:
         plan = {"dry_run": True, "data": data, **explanation.as_dict()}
         write_json(plan) if json else write_text(f"dry run   nothing is written\ndata      {data}\n{explanation}")
         return
-    result, compared = done
+    result, compared, _ = done
     if json:
         write_json({**_summary(job, explanation, done), "out": str(out)})
         return
@@ -179,7 +169,7 @@ def _show(job: Job, explanation: Explanation, done: Done | None, out: Path | Non
 
 def _check(checks: CheckSettings, done: Done) -> None:
     """Raises where an asked-for accuracy is not reached; the results are written all the same."""
-    result, compared = done
+    result, compared, _ = done
     sqnr = result.float_sqnr_db if compared is None else min(compared.sqnr_db, result.float_sqnr_db)
     if checks.min_sqnr_db is not None and not sqnr >= checks.min_sqnr_db:
         raise CheckFailed(
