@@ -19,7 +19,17 @@ from zeropoint.graph.inputs import inputs_for
 from zeropoint.graph.observers import has_observers
 from zeropoint.graph.source import module_path, operator_name, source_line
 from zeropoint.numerics.sqnr import sqnr_db
-from zeropoint.report.compared_sites import Seen, Site, SiteWatch, Sums, find_sites, groups_of, is_float, some_of
+from zeropoint.report.compared_sites import (
+    Seen,
+    Site,
+    SiteWatch,
+    Sums,
+    find_sites,
+    groups_of,
+    is_float,
+    some_along,
+    some_of,
+)
 from zeropoint.report.convergence import Convergence, RangeConvergence, range_convergence
 from zeropoint.report.cures import SMALLEST_GAIN_DB, Cures, Patient, find_cures, mean_db
 from zeropoint.report.lockstep import Lockstep
@@ -33,6 +43,8 @@ STUDIED = 8
 """One batch of so many, the first too, is differentiated, and its operators computed on mixed inputs."""
 MOST_VALUES = 2**13
 """So many values of an activation are looked at in each batch, and more where it is studied."""
+MOST_WEIGHTS = 2**18
+"""So many values of a weight are looked at."""
 TRIED_BATCHES = 4
 """Cures are tried on so many batches."""
 SAME_GRAPH_DB = 40.0
@@ -134,8 +146,11 @@ class Comparing:
         for site in self.sites:
             if site.kind == "weight":
                 value, rounded = self.run.float_weight(site), self.run.known[site.dequantizes[0]]
-                self.sums[site].add(value, rounded)
-                self.sums[site].add_own(value, rounded, self.scales.get(site))
+                scale = self.scales.get(site)
+                part, factor = some_along(value, scale, MOST_WEIGHTS)
+                scale = scale[part] if scale is not None and scale.dim() else scale
+                self.sums[site].add(value[part], rounded[part], factor)
+                self.sums[site].add_own(value[part], rounded[part], scale, factor)
                 self.sums[site].add_codes(evaluate(self.quantized, site.node), *site.limits)
                 self.spread[site] = channel_spread(value, 0)
 

@@ -11,9 +11,11 @@ from torch.fx import Node, map_arg
 from zeropoint.graph.compat import OpOverload
 from zeropoint.graph.layers import CONVOLUTIONS, LAYERS, LINEAR, TRANSPOSED
 from zeropoint.graph.schema import schema_of
-from zeropoint.report.compared_sites import Seen, Site, Sums, decibels, difference, is_float, power
+from zeropoint.report.compared_sites import Seen, Site, Sums, decibels, is_float, power, some_of
 from zeropoint.report.lockstep import Lockstep
 
+MOST_VALUES = 2**16
+"""So many values of what an operator returns are compared in each batch."""
 SHARE_OF_ROWS = 4
 """Layers are computed anew on one of so many samples of a batch."""
 
@@ -83,7 +85,8 @@ class NodeErrors:
         if not (_is_pure(node) and is_float(reference) and any(n in self._behind for n in node.all_input_nodes)):
             return
         sums = self.sums.setdefault(node, ErrorSums())
-        sums.total.add(reference, actual)
+        (some, factor), (others, _) = some_of(reference, MOST_VALUES), some_of(actual, MOST_VALUES)
+        sums.total.add(some, others, factor)
         part = _part_of(node, reference)
         expected = _rows(reference.detach(), part)
         sums.signal += power(expected)
@@ -97,9 +100,9 @@ class NodeErrors:
         together = own[0] if len(own) == 1 else self._off(node, expected, part, floats, rounded)
         sums.activation += power(together)
         sums.carried += power(self._off(node, expected, part, floats, arriving))
-        factor = reference.shape[0] / part if part else 1.0
-        self.own[node] = [OwnError(self._behind[n], each, factor) for n, each in zip(rounded, own, strict=True)]
-        self.own[node] += [OwnError(self._behind[n], by_weights, factor) for n in weights if n in self._behind]
+        share = reference.shape[0] / part if part else 1.0
+        self.own[node] = [OwnError(self._behind[n], each, share) for n, each in zip(rounded, own, strict=True)]
+        self.own[node] += [OwnError(self._behind[n], by_weights, share) for n in weights if n in self._behind]
 
     def _off(
         self, node: Node, expected: torch.Tensor, part: int, floats: dict[Node, Any], changed: dict[Node, Any]
@@ -113,7 +116,7 @@ class NodeErrors:
         values[first] = _rows(values[first], part)
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
         assert callable(node.target)
-        return difference(node.target(*args, **kwargs), expected)
+        return node.target(*args, **kwargs) - expected
 
     def _is_constant(self, node: Node, floats: dict[Node, Any], quantized: dict[Node, Any]) -> bool:
         is_other = node.op == "get_attr" and node in self.run.constants and floats[node] is not quantized[node]

@@ -47,7 +47,8 @@ def channel_spread(value: torch.Tensor, axis: int) -> tuple[float, int]:
     """Returns how many times the median channel's largest value the largest channel's is, and which that is."""
     if value.dim() < 2 or not value.numel():
         return 1.0, 0
-    largest = value.detach().abs().movedim(axis, 0).flatten(1).amax(1)
+    others = [each for each in range(value.dim()) if each != axis % value.dim()]
+    largest = torch.maximum(value.detach().amax(others), -value.detach().amin(others))
     channel = int(largest.argmax())
     median = float(largest.median())
     return (float(largest[channel]) / median if median else float("inf")), channel

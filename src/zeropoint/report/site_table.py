@@ -19,6 +19,9 @@ SHOWN = 10
 class SiteRow:
     """A tensor that is quantized, and what that costs.
 
+    Of tensors of one scale with more than 2^13 values, and of weights with more than 2^18, evenly spread values are
+    looked at: what follows from them (SQNR, cosine, largest errors, clipped values, unused codes) is an estimate then.
+
     Args:
         site: the node that computes an activation, or ``node.argument`` for a constant.
         kind: ``"activation"`` or ``"weight"``.
@@ -67,6 +70,9 @@ class SiteRow:
 @dataclass(frozen=True, slots=True)
 class NodeRow:
     """A quantized operator, and where the error of its output comes from, before that is rounded itself.
+
+    It is measured on one batch in eight: ``sqnr_db`` on 2^16 evenly spread values of it, the parts of layers on a
+    quarter of the samples.
 
     Args:
         node, operator, module, source: as in ``SiteRow``.
