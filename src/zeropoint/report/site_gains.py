@@ -61,6 +61,7 @@ class NoiseAtOutput:
     def _add(self, outputs: list[Any], values: dict[Any, torch.Tensor], rounded: dict[Site, torch.Tensor]) -> None:
         outputs = [each for each in outputs if is_float(each) and each.requires_grad]
         if not outputs or not values:
+            self.failure = "no output depends on what is quantized in a way that has a gradient"
             return
         directions = [self._direction(each) for each in outputs]
         found = torch.autograd.grad(outputs, list(values.values()), directions, allow_unused=True)
