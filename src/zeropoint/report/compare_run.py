@@ -42,7 +42,7 @@ from zeropoint.report.twin import WHERE, float_constants, folded, is_dequantize,
 STUDIED = 8
 """One batch of so many, the first too, is differentiated, and its operators computed on mixed inputs."""
 MOST_VALUES = 2**13
-"""So many values of an activation are looked at in each batch, and more where it is studied."""
+"""So many values of an activation are looked at in each batch."""
 MOST_WEIGHTS = 2**18
 """So many values of a weight are looked at."""
 SOME_NOISE = 0.05
@@ -140,20 +140,20 @@ class Comparing:
     def _study_site(self, site: Site, seen: Seen) -> None:
         reference = seen.reference.detach()
         self.spread[site] = channel_spread(reference, 1 if reference.dim() > 2 else -1)
-        self._add(site, reference, seen, MOST_VALUES * STUDIED)
+        self._add(site, reference, seen)
 
     def _see_site(self, site: Site, seen: Seen) -> None:
-        self._add(site, seen.reference, seen, MOST_VALUES)
+        self._add(site, seen.reference, seen)
 
-    def _add(self, site: Site, reference: torch.Tensor, seen: Seen, most: int) -> None:
+    def _add(self, site: Site, reference: torch.Tensor, seen: Seen) -> None:
         sums, scale = self.sums[site], self.scales.get(site)
         before, after = seen.before, seen.after
         low, high = torch.aminmax(reference)
         sums.ranges.append((float(low), float(high)))
         factor = 1
         if scale is None or scale.numel() == 1:
-            reference, factor = some_of(reference, most)
-            before, after = (some_of(each, most)[0] for each in (before, after))
+            reference, factor = some_of(reference, MOST_VALUES)
+            before, after = (some_of(each, MOST_VALUES)[0] for each in (before, after))
         sums.add(reference, after, factor)
         sums.add_own(before, after, scale, factor)
         if scale is not None and scale.numel() == 1:
