@@ -160,7 +160,7 @@ class Sums:
 
     def add(self, reference: torch.Tensor, actual: torch.Tensor, factor: int = 1) -> None:
         """Adds a batch: the float tensor, and that of the quantized model; ``factor`` where they are a part of it."""
-        error = difference(actual, reference)
+        error = actual - reference
         self.signal += factor * power(reference)
         self.actual += factor * power(actual)
         self.error += factor * power(error)
@@ -169,7 +169,7 @@ class Sums:
 
     def add_own(self, before: torch.Tensor, after: torch.Tensor, scale: torch.Tensor | None, factor: int = 1) -> None:
         """Adds what rounding did to a tensor: what was quantized, what came out, and the scale that broadcasts."""
-        error = difference(after, before)
+        error = after - before
         self.own_signal += factor * power(before)
         self.own_error += factor * power(error)
         if scale is None:
@@ -180,7 +180,7 @@ class Sums:
             largest = _largest(error / scale)
         self.largest_steps = max(self.largest_steps, largest)
         if largest > CLIPPED_STEPS:
-            is_clipped = error.abs() > CLIPPED_STEPS * scale
+            is_clipped = (error.abs() > CLIPPED_STEPS * scale) & error.isfinite()
             self.clipped += factor * int(is_clipped.sum())
             self.clipped_error += factor * power(error[is_clipped])
 
@@ -217,7 +217,25 @@ def some_of(value: torch.Tensor, most: int) -> tuple[torch.Tensor, int]:
     """
     every = max(1, value.numel() // most)
     every += every > 1 and every % 2 == 0
-    return value.detach().reshape(-1)[::every], every
+    value = value.detach()
+    if every == 1 or value.is_contiguous():
+        return value.reshape(-1)[::every], every
+    return torch.take(value, torch.arange(0, value.numel(), every, device=value.device)), every
+
+
+def some_along(value: torch.Tensor, scale: torch.Tensor | None, most: int) -> tuple[tuple[slice, ...], int]:
+    """Returns which part of a tensor to look at, about so many values, and one of how many each is.
+
+    It is cut along the longest axis along which the scale is one.
+    """
+    whole = slice(None)
+    axes = [each for each in range(value.dim()) if scale is None or scale.dim() == 0 or scale.shape[each] == 1]
+    every = max(1, value.numel() // most)
+    if not axes or every == 1:
+        return (whole,) * value.dim(), 1
+    axis = max(axes, key=lambda each: value.shape[each])
+    every = min(every + (every % 2 == 0), value.shape[axis])
+    return tuple(slice(None, None, every) if each == axis else whole for each in range(value.dim())), every
 
 
 def decibels(signal: float, error: float) -> float:
@@ -227,14 +245,8 @@ def decibels(signal: float, error: float) -> float:
     return 10 * math.log10(signal / error) if signal else -math.inf
 
 
-def difference(actual: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Returns the error; 0 where the reference is infinite, as in a mask, which no grid has."""
-    error = actual.detach() - reference.detach()
-    return error if math.isfinite(float(error.sum())) else error.masked_fill(~reference.isfinite(), 0.0)
-
-
 def power(value: torch.Tensor) -> float:
-    """Returns the sum of squares of the finite values."""
+    """Returns the sum of squares of the finite values: a mask is infinite, which no grid has."""
     flat = value.detach().reshape(-1)
     flat = flat if flat.dtype == torch.float32 else flat.float()
     found = float(torch.dot(flat, flat))
@@ -244,8 +256,10 @@ def power(value: torch.Tensor) -> float:
 def _largest(error: torch.Tensor) -> float:
     if not error.numel():
         return 0.0
-    low, high = torch.aminmax(error)
-    return max(-float(low), float(high))
+    low, high = map(float, torch.aminmax(error))
+    if not math.isfinite(low + high):
+        return _largest(error[error.isfinite()])
+    return max(-low, high)
 
 
 def is_float(value: Any) -> bool:

@@ -64,7 +64,7 @@ class Cure:
         )
 
     def __str__(self) -> str:
-        lost = f"{self.lost:,} multiply-accumulates are float then" if self.lost else "all layers stay integer"
+        lost = f"{self.lost:,} multiply-accumulates are float then" if self.lost else "no integer layer is lost"
         return f"{'; '.join(self.rules)} ({self.gain_db:+.1f} dB, {lost})"
 
     def apply(self, quantizer: Any) -> Any:
@@ -191,6 +191,11 @@ class Patient:
         corrected = self.run.model.meta.get(CORRECTED_KEY, ())
         return [node for node in self.run.nodes[first:] if node.name in corrected]
 
+    def treated(self, proposal: Proposal) -> frozenset[Site]:
+        """Returns the sites that a proposal leaves float, or whose constants it changes."""
+        gone = {site for site in self.sites if site.annotators and site.annotators <= proposal.floats}
+        return frozenset(gone | {site for site in self.sites if site.dequantizes[0] in proposal.constants})
+
     def lost(self, floats: frozenset[Node]) -> int:
         """Returns the integer multiply-accumulates of nodes."""
         return sum(self.work[node] for node in floats if node in self.integer)
@@ -266,11 +271,16 @@ def _is_per_tensor(site: Site) -> bool:
     return site.dequantizes[0].target in (ops.DEQUANTIZE_PER_TENSOR, ops.DEQUANTIZE_PER_TENSOR_TENSOR)
 
 
+def channels_of(site: Site) -> int:
+    """Returns the axis of the output channels of a weight."""
+    layer = site.readers[0]
+    return 1 if layer.target in TRANSPOSED and groups_of_layer(layer) == 1 else 0
+
+
 def _in_channels(site: Site, weight: torch.Tensor) -> torch.Tensor:
     """Returns a weight rounded with a scale for each output channel."""
-    layer, (low, high) = site.readers[0], site.limits
-    axis = 1 if layer.target in TRANSPOSED and groups_of_layer(layer) == 1 else 0
-    others = [each for each in range(weight.dim()) if each != axis]
+    low, high = site.limits
+    others = [each for each in range(weight.dim()) if each != channels_of(site)]
     scale, _ = choose_qparams(
         weight.amin(others, keepdim=True),
         weight.amax(others, keepdim=True),
@@ -284,11 +294,17 @@ def _in_channels(site: Site, weight: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Cures:
-    """Cures, and the SQNR of the outputs in dB on the batches on which they were tried, without and with them."""
+    """Cures, that which gains most first.
+
+    Args:
+        before_db, after_db: the SQNR of the outputs on the batches on which they were tried, without and with them.
+        treated: the sites that the first one treats.
+    """
 
     cures: tuple[Cure, ...]
     before_db: float
     after_db: float
+    treated: frozenset[Site]
 
 
 def find_cures(patient: Patient, sites: Iterable[Site]) -> Cures:
@@ -310,8 +326,10 @@ def find_cures(patient: Patient, sites: Iterable[Site]) -> Cures:
         without = patient.sqnr_db(others)
         if without >= reached - SMALLEST_GAIN_DB:
             taken, reached = others, without
-    cures = sorted(_as_cures(patient, taken, reached), key=lambda cure: -cure.gain_db)
-    return Cures(tuple(cures), patient.sqnr_db([]), reached)
+    cures = list(zip(_as_cures(patient, taken, reached), taken, strict=True))
+    cures.sort(key=lambda each: -each[0].gain_db)
+    treated = patient.treated(cures[0][1]) if cures else frozenset[Site]()
+    return Cures(tuple(cure for cure, _ in cures), patient.sqnr_db([]), reached, treated)
 
 
 def _as_cures(patient: Patient, taken: Sequence[Proposal], reached: float) -> Iterator[Cure]:

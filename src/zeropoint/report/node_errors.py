@@ -11,11 +11,13 @@ from torch.fx import Node, map_arg
 from zeropoint.graph.compat import OpOverload
 from zeropoint.graph.layers import CONVOLUTIONS, LAYERS, LINEAR, TRANSPOSED
 from zeropoint.graph.schema import schema_of
-from zeropoint.report.compared_sites import Seen, Site, Sums, decibels, difference, is_float, power
+from zeropoint.report.compared_sites import Seen, Site, Sums, decibels, is_float, power, some_of
 from zeropoint.report.lockstep import Lockstep
 
+MOST_VALUES = 2**14
+"""So many values of what an operator returns are compared in each batch."""
 SHARE_OF_ROWS = 4
-"""Layers are computed anew on one of so many samples of a batch."""
+"""Layers and operators on single values are computed anew on one of so many samples of a batch."""
 
 
 @dataclass(slots=True)
@@ -83,7 +85,8 @@ class NodeErrors:
         if not (_is_pure(node) and is_float(reference) and any(n in self._behind for n in node.all_input_nodes)):
             return
         sums = self.sums.setdefault(node, ErrorSums())
-        sums.total.add(reference, actual)
+        (some, factor), (others, _) = some_of(reference, MOST_VALUES), some_of(actual, MOST_VALUES)
+        sums.total.add(some, others, factor)
         part = _part_of(node, reference)
         expected = _rows(reference.detach(), part)
         sums.signal += power(expected)
@@ -97,9 +100,9 @@ class NodeErrors:
         together = own[0] if len(own) == 1 else self._off(node, expected, part, floats, rounded)
         sums.activation += power(together)
         sums.carried += power(self._off(node, expected, part, floats, arriving))
-        factor = reference.shape[0] / part if part else 1.0
-        self.own[node] = [OwnError(self._behind[n], each, factor) for n, each in zip(rounded, own, strict=True)]
-        self.own[node] += [OwnError(self._behind[n], by_weights, factor) for n in weights if n in self._behind]
+        share = reference.shape[0] / part if part else 1.0
+        self.own[node] = [OwnError(self._behind[n], each, share) for n, each in zip(rounded, own, strict=True)]
+        self.own[node] += [OwnError(self._behind[n], by_weights, share) for n in weights if n in self._behind]
 
     def _off(
         self, node: Node, expected: torch.Tensor, part: int, floats: dict[Node, Any], changed: dict[Node, Any]
@@ -107,13 +110,12 @@ class NodeErrors:
         """Returns the error of what a node returns with other inputs."""
         if not changed:
             return torch.zeros(1)
-        first = node.all_input_nodes[0]
+        cut = _batched(node, floats) if part else ()
         values = {n: changed.get(n, floats[n]) for n in node.all_input_nodes}
-        values = {n: value.detach() if isinstance(value, torch.Tensor) else value for n, value in values.items()}
-        values[first] = _rows(values[first], part)
+        values = {n: _rows(value, part) if n in cut else value for n, value in values.items()}
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
         assert callable(node.target)
-        return difference(node.target(*args, **kwargs), expected)
+        return node.target(*args, **kwargs).detach() - expected
 
     def _is_constant(self, node: Node, floats: dict[Node, Any], quantized: dict[Node, Any]) -> bool:
         is_other = node.op == "get_attr" and node in self.run.constants and floats[node] is not quantized[node]
@@ -129,11 +131,27 @@ def _is_pure(node: Node) -> bool:
 
 
 def _part_of(node: Node, reference: torch.Tensor) -> int:
-    """Returns how many rows of a layer's batch are computed anew; 0: all."""
-    if node.target not in LAYERS:
+    """Returns how many rows of a batch are computed anew; 0: all."""
+    if reference.dim() < 2:
         return 0
-    is_batched = node.target in LINEAR or reference.dim() == _weight_dimensions(node)
-    return -(-reference.shape[0] // SHARE_OF_ROWS) if is_batched and reference.dim() > 1 else 0
+    is_batched = _is_pointwise(node)
+    if node.target in LAYERS:
+        is_batched = node.target in LINEAR or reference.dim() == _weight_dimensions(node)
+    return -(-reference.shape[0] // SHARE_OF_ROWS) if is_batched else 0
+
+
+def _is_pointwise(node: Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def _batched(node: Node, floats: dict[Node, Any]) -> tuple[Node, ...]:
+    """Returns what of the inputs of a node goes along its batch: of layers the first, otherwise what is as large."""
+    inputs = node.all_input_nodes
+    if node.target in LAYERS:
+        return (inputs[0],)
+    shapes = {n: value.shape for n in inputs if isinstance(value := floats[n], torch.Tensor)}
+    most = torch.broadcast_shapes(*shapes.values())
+    return tuple(n for n, shape in shapes.items() if len(shape) == len(most) and shape[0] == most[0])
 
 
 def _weight_dimensions(node: Node) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from zeropoint.report.compared_sites import Seen, Site, SiteWatch, difference, is_float, power
+from zeropoint.report.compared_sites import Seen, Site, SiteWatch, is_float, power
 from zeropoint.report.lockstep import Lockstep
 from zeropoint.report.node_errors import NodeErrors
 
@@ -33,13 +34,13 @@ class NoiseAtOutput:
     def study(self, inputs: tuple[Any, ...], look: Callable[[Site, Seen], None]) -> tuple[Any, Any]:
         """Returns the outputs of a batch, in float and quantized, and adds what its sites do; ``look`` sees each."""
         values: dict[Any, torch.Tensor] = {}
-        errors: dict[Site, torch.Tensor] = {}
+        rounded: dict[Site, torch.Tensor] = {}
 
         def see(site: Site, seen: Seen) -> None:
             look(site, seen)
             self.nodes.see_site(site, seen)
             if seen.rounded is not None and seen.reference.requires_grad:
-                values[site], errors[site] = seen.reference, difference(seen.rounded, seen.reference)
+                values[site], rounded[site] = seen.reference, seen.rounded
 
         watch = SiteWatch(self.sites, see, self.run.again)
 
@@ -51,19 +52,20 @@ class NoiseAtOutput:
 
         outputs, actual = self.run.run(inputs, see_node, with_gradients=True)
         try:
-            self._add(pytree.tree_leaves(outputs), values, errors)
+            self._add(pytree.tree_leaves(outputs), values, rounded)
         except (RuntimeError, NotImplementedError) as error:
             self.failure = str(error).strip().partition("\n")[0]
         self.nodes.forget()
         return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, outputs), actual
 
-    def _add(self, outputs: list[Any], values: dict[Any, torch.Tensor], errors: dict[Site, torch.Tensor]) -> None:
+    def _add(self, outputs: list[Any], values: dict[Any, torch.Tensor], rounded: dict[Site, torch.Tensor]) -> None:
         outputs = [each for each in outputs if is_float(each) and each.requires_grad]
         if not outputs or not values:
+            self.failure = "no output depends on what is quantized in a way that has a gradient"
             return
         directions = [self._direction(each) for each in outputs]
         found = torch.autograd.grad(outputs, list(values.values()), directions, allow_unused=True)
-        gradients = {each: torch.nan_to_num(g) for each, g in zip(values, found, strict=True) if g is not None}
+        gradients = {each: g for each, g in zip(values, found, strict=True) if g is not None}
         for site in self.sites:
             if all(reader in self.nodes.own for reader in site.readers):
                 owns = ((reader, own) for reader in site.readers for own in self.nodes.own[reader] if own.site is site)
@@ -73,7 +75,7 @@ class NoiseAtOutput:
                     if reader in gradients
                 )
             elif site in gradients:
-                self.noise[site] += _by_channel(gradients[site], errors[site])
+                self.noise[site] += _by_channel(gradients[site], rounded[site] - values[site].detach())
 
     def _direction(self, output: torch.Tensor) -> torch.Tensor:
         signs = torch.randint(0, 2, output.shape, generator=self._generator).to(output.device) * 2 - 1
@@ -86,6 +88,8 @@ def _by_channel(gradient: torch.Tensor, error: torch.Tensor) -> float:
     Channels lie along the axis after the first one of images ``(batch, channels, ...)``.
     """
     product = gradient[: error.shape[0]] * error
+    if not math.isfinite(float(product.sum())):
+        product = torch.nan_to_num(gradient[: error.shape[0]]) * error.masked_fill(~error.isfinite(), 0.0)
     if product.dim() < 3:
         return power(product)
     if product.dim() > 3:

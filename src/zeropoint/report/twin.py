@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
 
 from zeropoint.core.errors import ComparisonError
 from zeropoint.core.policy import EQUALIZED_KEY
 from zeropoint.graph.attributes import get_attribute
 from zeropoint.graph.bind import Site, bind, reads
-from zeropoint.graph.constants import FLOAT_PATH_KEY, constant_nodes, evaluate
+from zeropoint.graph.constants import FLOAT_PATH_KEY, constant_nodes, evaluate, mutated_attributes
 from zeropoint.graph.control_flow import is_control_flow
 from zeropoint.graph.layers import scale_inputs, scale_outputs
 from zeropoint.graph.source import describe
@@ -34,6 +35,30 @@ def folded(float_model: GraphModule) -> GraphModule:
     return model
 
 
+def with_values(model: GraphModule, inputs: tuple[Any, ...]) -> GraphModule:
+    """Returns the model, or a copy where nodes have no example value: torchao's convert gives what it inserts none."""
+    if all("val" in node.meta for node in model.graph.nodes if node.op == "call_function"):
+        return model
+    copied = copy.deepcopy(model)
+    start = {path: get_attribute(copied, path).clone() for path in mutated_attributes(copied.graph)}
+    with torch.no_grad():
+        _Recorder(copied).run(*pytree.tree_leaves(pytree.tree_map_only(torch.Tensor, torch.clone, inputs)))
+        for path, value in start.items():
+            get_attribute(copied, path).copy_(value)
+    return copied
+
+
+class _Recorder(Interpreter):
+    """Gives each node that has no example value one of the shape and dtype that it computes."""
+
+    def run_node(self, n: Node) -> Any:
+        """Runs a node."""
+        found = super().run_node(n)
+        if isinstance(found, torch.Tensor):
+            n.meta.setdefault("val", torch.empty_like(found, device="meta"))
+        return found
+
+
 def float_constants(converted: GraphModule, reference: GraphModule) -> dict[Node, torch.Tensor]:
     """Returns the float tensor behind each constant of a converted model that compute nodes read.
 
@@ -50,8 +75,10 @@ def float_constants(converted: GraphModule, reference: GraphModule) -> dict[Node
     for node in converted.graph.nodes:
         if node.op != "get_attr" or not _is_tensor(converted, node) or any(map(is_control_flow, node.users)):
             continue
+        shape = get_attribute(converted, str(node.target)).shape
         value = _float_value(node, reference, named, constants, factors)
-        if value is not None and value.shape == get_attribute(converted, str(node.target)).shape:
+        value = torch.full(shape, value) if isinstance(value, (float, int)) else value
+        if value is not None and value.shape == shape:
             found[node] = value
         elif any(is_dequantize(reader) and reader.args[0] is node for reader in node.users):
             place = describe(next((site.node for site in _reads_of(node)), node))
@@ -80,7 +107,7 @@ def _reads_of(constant: Node) -> Iterator[Site]:
 
 def _float_value(
     node: Node, reference: GraphModule, named: dict[str, Node], constants: set[Node], factors: Any
-) -> torch.Tensor | None:
+) -> torch.Tensor | float | None:
     for site in _reads_of(node):
         there = named.get(site.node.name)
         if there is None or there.target != site.node.target:
@@ -89,6 +116,8 @@ def _float_value(
         read = read if site.element is None else read[site.element]
         if isinstance(read, Node) and read in constants:
             return _equalized(site, evaluate(reference, read), factors)
+        if isinstance(read, (int, float)):  # XNNPACK's quantizer makes a constant of it, to quantize it.
+            return float(read)
     path = str(node.meta.get(FLOAT_PATH_KEY, node.target))
     owner, _, name = path.rpartition(".")
     try:
