@@ -110,17 +110,55 @@ def demo(figures: Any) -> str:
     return table(("", "float", "int8, zeropoint", "int8, torchao"), rows)
 
 
-TABLES: dict[str, Callable[[Any], str]] = {
-    function.__name__: function for function in (workflow, dynamic, observers, qat_prepare, demo)
+def qat(figures: Any) -> str:
+    """Returns the accuracies of ``bench.qat``."""
+    header = ("weights", "method", "accuracy %", "mean", "lost", "converted to prepared", "same predictions", "runtime")
+    base = figures["accuracy"]["float"]
+    rows: list[tuple[str, ...]] = [("float", "", f"{base:.1f}", "", "", "", "", "")]
+    for bits, methods in figures["accuracy"].items():
+        for method, one in methods.items() if bits != "float" else ():
+            runs = one.get("runs", [])
+            found = ", ".join(f"{run['accuracy']:.1f}" for run in runs) or f"{one['accuracy']:.1f}"
+            cells = [bits, method, found, f"{one['accuracy']:.2f}", f"{base - one['accuracy']:.2f}"]
+            rows.append((*cells, *_agreement(runs)))
+    return table(header, rows)
+
+
+def _agreement(runs: Sequence[Any]) -> tuple[str, ...]:
+    """Returns the worst of the runs of a method that is checked: steps, same predictions, those of the runtime."""
+    if not runs or "steps" not in runs[0]:
+        return "", "", ""
+    shares = (min(run[key] for run in runs) for key in ("same_predictions", "runtime_agrees"))
+    return f"{max(run['steps'] for run in runs):.2f} LSB", *(f"{share:.1%}" for share in shares)
+
+
+def qat_steps(figures: Any) -> str:
+    """Returns the times of a training step of ``bench.qat``."""
+    steps = figures["steps"]
+    names = [key.removesuffix(", to float") for key in steps if key.endswith(", to float")]
+    rows = [(name, *(f"{steps[f'{name}, to {other}']:.2f}" for other in ("float", "torchao"))) for name in names]
+    return table(("a step", "to float", "to torchao's"), rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "workflow": ("workflow", workflow),
+    "dynamic": ("dynamic", dynamic),
+    "observers": ("observers", observers),
+    "qat_prepare": ("qat_prepare", qat_prepare),
+    "qat": ("qat", qat),
+    "qat_steps": ("qat", qat_steps),
+    "demo": ("demo", demo),
 }
+"""Of each region: the name of its results, and what makes the table of them."""
 
 
 def filled(text: str) -> str:
     """Returns a page with the tables of the kept results in it."""
 
     def fill(region: re.Match[str]) -> str:
-        figures = json.loads((RESULTS / f"{region[2]}.json").read_text())
-        return f"{region[1]}{TABLES[region[2]](figures)}{region[3]}"
+        results, make = TABLES[region[2]]
+        figures = json.loads((RESULTS / f"{results}.json").read_text())
+        return f"{region[1]}{make(figures)}{region[3]}"
 
     return REGION.sub(fill, text)
 
@@ -128,7 +166,7 @@ def filled(text: str) -> str:
 def main() -> None:
     """Takes what was measured last, and writes the pages."""
     RESULTS.mkdir(exist_ok=True)
-    for name in TABLES:
+    for name in dict.fromkeys(results for results, _ in TABLES.values()):
         made = ROOT / "build" / f"{name}.json"
         if made.exists():
             shutil.copyfile(made, RESULTS / made.name)
