@@ -2,8 +2,8 @@
 
 python -m bench.compare [--models NAME ...] [--batches N] [--json FILE]
 
-CPU time on one thread; ``measure=0``, so without the search for cures. ``begin_s`` is what it takes before the batches,
-the model being exported already.
+CPU time on one thread; ``measure=0``, so without the search for cures; the models are exported before. Beside it
+stands what a forward pass of the converted model takes.
 """
 
 from __future__ import annotations

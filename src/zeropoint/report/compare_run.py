@@ -99,6 +99,7 @@ class Comparing:
         self.sites = find_sites(self.quantized)
         self.groups = groups_of(self.sites)
         self.sums = {site: Sums() for site in self.sites}
+        self.limits = {site: site.limits for site in self.sites}
         self.run = Lockstep(self.quantized, float_constants(self.quantized, reference))
         self.grids = {site: grid_of(site, self.run) for site in self.sites}
         self.scales = {site: spread_scale(site, grid[0]) for site, grid in self.grids.items() if grid[0].numel()}
@@ -158,7 +159,7 @@ class Comparing:
         sums.add(reference, after, factor)
         sums.add_own(before, after, scale, factor)
         if scale is not None and scale.numel() == 1:
-            sums.add_codes((after / scale).round() + self.grids[site][1].to(after), *site.limits)
+            sums.add_codes((after / scale).round() + self.grids[site][1].to(after), *self.limits[site])
 
     def _see_weights(self) -> None:
         for site in self.sites:

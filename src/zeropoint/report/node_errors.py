@@ -61,6 +61,7 @@ class NodeErrors:
         self.run = run
         self.sums: dict[Node, ErrorSums] = {}
         self._behind = {each: site for site in sites for each in site.dequantizes}
+        self._last_of = _last_readers(run, sites)
         self.own: dict[Node, list[OwnError]] = {}
         """By node, what each site that it reads does to what it returns, in the present batch."""
         self._rounded: dict[Site, torch.Tensor] = {}
@@ -82,8 +83,15 @@ class NodeErrors:
         self, node: Node, reference: Any, actual: Any, floats: dict[Node, Any], quantized: dict[Node, Any]
     ) -> None:
         """Adds the errors of a node when it reads integers and returns one tensor of real values."""
-        if not (_is_pure(node) and is_float(reference) and any(n in self._behind for n in node.all_input_nodes)):
-            return
+        if is_float(reference) and is_computed_anew(node) and any(n in self._behind for n in node.all_input_nodes):
+            self._add(node, reference, actual, floats, quantized)
+        for site in self._last_of.get(node, ()):
+            self._rounded.pop(site, None)
+            self._before.pop(site, None)
+
+    def _add(
+        self, node: Node, reference: torch.Tensor, actual: Any, floats: dict[Node, Any], quantized: dict[Node, Any]
+    ) -> None:
         sums = self.sums.setdefault(node, ErrorSums())
         (some, factor), (others, _) = some_of(reference, MOST_VALUES), some_of(actual, MOST_VALUES)
         sums.total.add(some, others, factor)
@@ -124,6 +132,20 @@ class NodeErrors:
     def _arriving(self, node: Node, quantized: dict[Node, Any]) -> Any:
         site = self._behind.get(node)
         return self._before[site] if site in self._before else quantized[node]
+
+
+def _last_readers(run: Lockstep, sites: list[Site]) -> dict[Node, list[Site]]:
+    """Returns the sites that no node reads after a node."""
+    place = {node: index for index, node in enumerate(run.nodes)}
+    found: dict[Node, list[Site]] = {}
+    for site in sites:
+        found.setdefault(max(site.readers, key=lambda each: place[each]), []).append(site)
+    return found
+
+
+def is_computed_anew(node: Node) -> bool:
+    """True for an operator that can be computed on mixed inputs, and returns one tensor of real values."""
+    return _is_pure(node) and is_float(node.meta.get("val"))
 
 
 def _is_pure(node: Node) -> bool:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from zeropoint.report.compared_sites import Seen, Site, SiteWatch, is_float, power
 from zeropoint.report.lockstep import Lockstep
-from zeropoint.report.node_errors import NodeErrors
+from zeropoint.report.node_errors import NodeErrors, is_computed_anew
 
 
 class NoiseAtOutput:
@@ -39,6 +39,8 @@ class NoiseAtOutput:
         def see(site: Site, seen: Seen) -> None:
             look(site, seen)
             self.nodes.see_site(site, seen)
+            if all(map(is_computed_anew, site.readers)):
+                return
             if seen.rounded is not None and seen.reference.requires_grad:
                 values[site], rounded[site] = seen.reference, seen.rounded
 
