@@ -90,9 +90,23 @@ def test_where_no_cure_is_looked_for_the_configuration_is_as_it_was(folder):
 
 def test_cures_of_nodes_and_modules_as_rules():
     parts = ("float", ("a", "b"), (), 3.0, 0, 1.0), ("float", ("b",), ("add", "cat_1"), 2.0, 0, 1.0)
-    rules = rules_of([Cure(*each) for each in parts])
+    rules = rules_of([Cure(*each) for each in parts], Settings())
     assert rules == (*(RuleSettings(module=each) for each in "ab"), *(RuleSettings(node=e) for e in ("add", "cat_1")))
     assert lines_of(rules[2:3]) == '[[rules]]\nnode = "add"\nscheme = "float"'
+    (each,) = rules_of([Cure("per_channel", ("",), (), 3.0, 0, 1.0)], Settings(scheme="dynamic", weights="per_tensor"))
+    assert each == RuleSettings(module="*", scheme="dynamic", weights="per_channel")
+
+
+def test_weights_of_one_scale(folder):
+    Path("c.toml").write_text(
+        'weights = "per_tensor"\n[[rules]]\nmodule = "2"\nscheme = "static"\nweights = "per_channel"\n'
+    )
+    nodes = {node["name"]: node for node in found_in("explain", "model.pt2", "--config", "c.toml")["nodes"]}
+    schemes = {name: str(node) for name, node in nodes.items() if "conv2d" in name}
+    assert ["per_channel" in schemes[name] for name in ("conv2d", "conv2d_1", "conv2d_2")] == [False, True, False]
+    Path("c.toml").write_text('[[rules]]\nmodule = "2"\nweights = "per_channel"\n')
+    stderr = run("explain", "model.pt2", "--config", "c.toml", code=2).stderr
+    assert "rules[0] has weights = 'per_channel', but its scheme is float" in stderr
 
 
 def test_a_rule_for_one_node(folder):

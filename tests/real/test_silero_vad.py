@@ -1,10 +1,14 @@
 """Silero VAD, whose LSTM is taken apart: the same network in float, and in int8 through the real runtime."""
 
+import json
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import zeropoint as zp
 from zeropoint.backends.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config
+from zeropoint.cli.app import app
 from zeropoint.graph.capture import capture
 from zeropoint.passes.canonicalize import canonicalize
 from zeropoint.runtime.executorch import Program
@@ -67,3 +71,28 @@ def test_compare_finds_what_ruins_int8_per_tensor(network):
     again = XNNPACKQuantizer().set_global(get_symmetric_quantization_config())
     cured = converted_by(found.apply(again), network, batches)
     assert silero_vad.metric(network[0], start) - silero_vad.metric(cured, start) < 0.01
+
+
+def test_the_command_alone_cures_it(network, tmp_path, monkeypatch):
+    """The stock configuration, what ``compare`` writes, and ``quantize`` with that: no program."""
+    monkeypatch.chdir(tmp_path)
+    speech = "from zoo import silero_vad\nmodel = silero_vad.load\ndef data(): return silero_vad.calibration(60)\n"
+    (tmp_path / "speech.py").write_text(speech)
+    stock = 'weights = "per_tensor"\nobserver = "histogram"\naccuracy = []\n\n[data]\nsamples = 480\n'
+    (tmp_path / "stock.toml").write_text(stock)
+
+    def run(line):
+        result = CliRunner().invoke(app, line.split())
+        assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+
+    def found_by(name):
+        return silero_vad.metric(Program((tmp_path / name / "model.pte").read_bytes()), silero_vad.CALIBRATION_SECONDS)
+
+    run("quantize speech:model --data speech:data --config stock.toml -o ruined")
+    run("compare speech:model --data speech:data --config stock.toml --write-config cured.toml")
+    run("quantize speech:model --data speech:data --config cured.toml -o cured")
+    float_f1 = silero_vad.metric(network[0], silero_vad.CALIBRATION_SECONDS)
+    assert found_by("ruined") < 0.5
+    assert float_f1 - found_by("cured") < 0.01
+    work = json.loads((tmp_path / "cured" / "summary.json").read_text())["multiply_accumulates"]
+    assert work["integer"] >= 0.8 * sum(work.values())

@@ -10,17 +10,19 @@ from zeropoint.cli.settings import RuleSettings, Settings
 from zeropoint.report.cures import Cure
 
 
-def rules_of(cures: Iterable[Cure]) -> tuple[RuleSettings, ...]:
-    """Returns the rules of cures, each once.
-
-    A scale for each channel is no rule: every scheme of the configuration has it.
-    """
-    return tuple(dict.fromkeys(rule for cure in cures if cure.kind == "float" for rule in _rules(cure)))
+def rules_of(cures: Iterable[Cure], settings: Settings) -> tuple[RuleSettings, ...]:
+    """Returns the rules of cures, each once, for a model that these settings made."""
+    return tuple(dict.fromkeys(rule for cure in cures for rule in _rules(cure, settings)))
 
 
-def _rules(cure: Cure) -> Iterator[RuleSettings]:
-    yield from (RuleSettings(module=module) for module in cure.modules)
-    yield from (RuleSettings(node=node) for node in cure.nodes)
+def _rules(cure: Cure, settings: Settings) -> Iterator[RuleSettings]:
+    """A scale for each channel keeps the scheme; the path of the model itself, which is empty, is ``*`` in a rule."""
+    if cure.kind == "per_channel":
+        scheme = settings.scheme
+        yield from (RuleSettings(module=each or "*", scheme=scheme, weights="per_channel") for each in cure.modules)
+    else:
+        yield from (RuleSettings(module=module) for module in cure.modules)
+        yield from (RuleSettings(node=node) for node in cure.nodes)
 
 
 def with_rules(settings: Settings, rules: Iterable[RuleSettings]) -> Settings:

@@ -129,4 +129,7 @@ def checked(settings: Settings, where: str) -> Settings:
         if len(given) != 1:
             what = f"rules[{number}] has {' and '.join(given) or 'no key that says for what it is'}"
             raise UsageError(what, where=where, remedy="Give one of module, type, operator, node.")
+        if rule.weights is not None and rule.scheme == "float":
+            what = f"rules[{number}] has weights = {rule.weights!r}, but its scheme is float"
+            raise UsageError(what, where=where, remedy='Add scheme = "static", or "dynamic".')
     return settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from zeropoint.backends.xnnpack import (
     get_symmetric_quantization_config,
 )
 from zeropoint.cli.exits import UsageError
-from zeropoint.cli.settings import Scheme, Settings
+from zeropoint.cli.settings import Scheme, Settings, Weights
 from zeropoint.core.configs import QuantizationConfig
 
 
@@ -23,11 +24,11 @@ def quantizer_of(settings: Settings) -> XNNPACKQuantizer:
     Raises:
         UsageError: a rule names no module type, or no operator.
     """
-    config = _config(settings.scheme, settings)
+    config = _config(settings.scheme, settings.weights, settings)
     assert config is not None
     quantizer = XNNPACKQuantizer().set_global(config)
     for rule in settings.rules:
-        choice = _config(rule.scheme, settings)
+        choice = _config(rule.scheme, settings.weights if rule.weights is None else rule.weights, settings)
         if rule.module:
             quantizer.set_module_name(rule.module, choice)
         elif rule.type:
@@ -39,16 +40,18 @@ def quantizer_of(settings: Settings) -> XNNPACKQuantizer:
     return quantizer
 
 
-def _config(scheme: Scheme, settings: Settings) -> QuantizationConfig | None:
+def _config(scheme: Scheme, weights: Weights, settings: Settings) -> QuantizationConfig | None:
+    is_per_channel = weights == "per_channel"
     match scheme:
         case "float":
             return None
         case "dynamic":
-            return get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
+            return get_symmetric_quantization_config(is_per_channel=is_per_channel, is_dynamic=True)
         case "static" if settings.observer == "histogram":
-            return get_symmetric_quantization_config(is_per_channel=True)
+            return get_symmetric_quantization_config(is_per_channel=is_per_channel)
         case "static":
-            return get_default_quantization_config()
+            config = get_default_quantization_config()
+            return config if is_per_channel else replace(config, weight=get_symmetric_quantization_config().weight)
 
 
 def _module_type(name: str) -> type | str:

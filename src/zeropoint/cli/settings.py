@@ -7,6 +7,8 @@ from typing import Literal
 
 Scheme = Literal["static", "dynamic", "float"]
 """Activations quantized by calibration, at run time, or not at all."""
+Weights = Literal["per_channel", "per_tensor"]
+"""One weight scale for each output channel of a layer, or one for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class RuleSettings:
         operator: e.g. ``aten.add.Tensor``, or ``add`` for every form of it.
         node: one operator, by the name that ``explain`` and ``compare`` give it.
         scheme: what these operators get.
+        weights: scales of their weights, for a scheme that is not float; by default those of the configuration.
     """
 
     module: str = ""
@@ -66,6 +69,7 @@ class RuleSettings:
     operator: str = ""
     node: str = ""
     scheme: Scheme = "float"
+    weights: Weights | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,7 @@ class Settings:
     Args:
         backend: where the file will run.
         scheme: of every operator that no rule selects.
+        weights: scales of weights; those of each channel are better, and cost nothing on most backends.
         observer: how ranges of activations are found, for the static scheme.
         accuracy: what is done beyond rounding.
         verify: run the file and compare it with the converted model.
@@ -98,6 +103,7 @@ class Settings:
 
     backend: Literal["xnnpack"] = "xnnpack"
     scheme: Literal["static", "dynamic"] = "static"
+    weights: Weights = "per_channel"
     observer: Literal["minmax", "histogram"] = "minmax"
     accuracy: tuple[Literal["equalize", "correct_biases"], ...] = ("equalize", "correct_biases")
     verify: bool = True

@@ -69,7 +69,7 @@ def compare(
         bar("load and export", 0, None)
         job = load_job(model, data, settings)
         found = compared(job, quantized(job, bar, verify=False), bar, measure)
-    rules = rules_of(found.cures)
+    rules = rules_of(found.cures, job.settings)
     if write_config is not None:
         _write(write_config, job, found, rules)
     _show(job, found, rules, rows, write_config, json=json)

@@ -40,6 +40,7 @@ from zeropoint.cli.settings import CheckSettings, Settings
 from zeropoint.core.extras import require_extra
 from zeropoint.report.explain import explain
 from zeropoint.report.explanation import Explanation
+from zeropoint.report.work import node_work
 
 Done = tuple[QuantizedModel, Evaluation | None, Measured | None]
 
@@ -109,11 +110,16 @@ def _run(job: Job, bar: StageBar, *, report: bool) -> Done:
 def _summary(job: Job, explanation: Explanation, done: Done) -> dict[str, Any]:
     result, compared, _ = done
     data, record = job.data, result.record
+    work = node_work(result.model)
     return {
         "zeropoint": zeropoint.__version__,
         **job.named(),
         "calibration_samples": 0 if data is None else len(data.calibration) * data.batch,
         "operators": {"integer": len(explanation.quantized), "float": len(explanation.stays_float)},
+        "multiply_accumulates": {
+            "integer": sum(each.multiply_accumulates for each in work if each.is_integer),
+            "float": sum(each.multiply_accumulates for each in work if not each.is_integer),
+        },
         "rules": [{"rule": each.rule, "matched": each.matched, "decided": each.decided} for each in explanation.rules],
         "bytes": {"float": record.float_bytes, "int8": record.converted_bytes, "file": len(result.pte)},
         "delegates": result.delegates,
