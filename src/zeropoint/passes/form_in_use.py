@@ -45,7 +45,7 @@ def mark_biases(model: GraphModule) -> None:
 def fold_in_use(graph: Graph, model: GraphModule) -> None:
     """Changes a graph, a copy of that of ``model``, to the form that is run in eval mode.
 
-    Groups whose batch norm trains stay as they are, and so do those with another reader than the layer between.
+    Groups whose batch norm trains stay as they are, and so do those in which something was changed.
     """
     for members in groups_in(graph):
         if _is_whole(members) and not is_in_train_mode(members["norm"]):
