@@ -27,7 +27,7 @@ MODELS = {
 }
 FILES = {
     "float": "float",
-    "int8": "int8 linear layers",
+    "int8": "int8 linear layers, float16 tables",
     "int8, tables too": "and 8-bit embedding tables",
     "torchao, scalars kept": "torchao, scalars kept",
 }
