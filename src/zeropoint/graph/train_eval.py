@@ -207,10 +207,10 @@ def tell_mode(model: GraphModule) -> None:
 def _move(model: GraphModule, training: bool) -> GraphModule:
     _require_graph(model)
     _mark_frozen(_deciding(model))
+    _set_flags(model, training)
     for graph in _graphs(model):
         if _switch(graph, training):
             graph.recompile()
-    _set_flags(model, training)
     return model
 
 

@@ -37,6 +37,12 @@ class TrainedModule(ExplainedModule):
         finally:
             self.__dict__["_graph"] = written
 
+    def train(self, mode: bool = True) -> TrainedModule:
+        """Returns the module, moved to train mode, or to eval mode."""
+        super().train(mode)
+        self.recompile()
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
         self.__dict__["_as_written"] = True
         try:
@@ -59,7 +65,8 @@ def as_run(model: GraphModule) -> Graph:
         parts = _parts(members)
         if parts is not None:
             _join(members["norm"], *parts)
-    fold_in_use(copied, model)
+    if not model.training:
+        fold_in_use(copied, model)
     remove_dead_code(copied)
     return copied
 
