@@ -22,6 +22,7 @@ from zeropoint.annotate.quantizer import Quantizer
 from zeropoint.backends import xnnpack
 from zeropoint.calibration import CalibrationData
 from zeropoint.core.arguments import require_bool
+from zeropoint.core.dtypes import is_float
 from zeropoint.core.errors import CalibrationError, NothingQuantizedError, SpecError
 from zeropoint.core.extras import require_extra
 from zeropoint.graph.capture import capture
@@ -299,8 +300,4 @@ def _require_quantized(prepared: GraphModule) -> None:
 @torch.no_grad()
 def _compare(reference: GraphModule, model: GraphModule, inputs: tuple[Any, ...]) -> float:
     pairs = zip(pytree.tree_leaves(reference(*inputs)), pytree.tree_leaves(model(*inputs)), strict=True)
-    return min((sqnr_db(e, a) for e, a in pairs if _is_float(e)), default=math.nan)
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    return min((sqnr_db(e, a) for e, a in pairs if is_float(e)), default=math.nan)

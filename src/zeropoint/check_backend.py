@@ -11,9 +11,9 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.quantizer import Quantizer
-from zeropoint.core.errors import CalibrationError, CaptureError, SpecError
+from zeropoint.core.errors import CalibrationError, SpecError
 from zeropoint.graph.attributes import get_attribute
-from zeropoint.graph.capture import capture, is_exported
+from zeropoint.graph.capture import capture_given, is_exported
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.copies import copy_graph
 from zeropoint.graph.graph_pass import bodies
@@ -63,16 +63,7 @@ def check_backend(
     if graph is not None and is_prepared:
         return _examine_prepared(graph)
     assert quantizer is not None
-    return _examine_uncalibrated(prepare_pt2e(copy_graph(_captured(model, example_inputs)), quantizer))
-
-
-def _captured(model: nn.Module | ExportedProgram, example_inputs: tuple[Any, ...] | None) -> GraphModule:
-    """Returns a float model as a graph; one that is no graph yet needs inputs."""
-    is_graph = isinstance(model, ExportedProgram) or (isinstance(model, GraphModule) and is_exported(model))
-    if example_inputs is None and not is_graph:
-        remedy = "Give example_inputs=(x,), a tuple of positional inputs, or an exported program."
-        raise CaptureError(f"{type(model).__name__} is not exported", where=WHERE, remedy=remedy)
-    return capture(model, () if example_inputs is None else example_inputs)
+    return _examine_uncalibrated(prepare_pt2e(copy_graph(capture_given(model, example_inputs, WHERE)), quantizer))
 
 
 def _examine_prepared(prepared: GraphModule) -> BackendCheck:

@@ -64,8 +64,7 @@ def write_report(
         CalibrationError: a batch does not fit the model.
         FileError: the file cannot be written.
     """
-    for module in ("jinja2", "plotly"):
-        require_extra(module, EXTRA)
+    require_packages()
     _check("comparison", comparison, Comparison)
     _check("benchmark", benchmark, Benchmark)
     _check("title", title, str)
@@ -74,6 +73,16 @@ def write_report(
     ranges = activation_ranges(copy_graph(facts.model), _fitting(facts.model, batches))
     facts = replace(facts, comparison=comparison, benchmark=benchmark, ranges=ranges, ranges_of=words)
     return write_atomically(path, page(facts).encode())
+
+
+def require_packages() -> None:
+    """Raises where a package that the page needs is missing: before any work.
+
+    Raises:
+        MissingExtraError: names it.
+    """
+    for package in ("jinja2", "plotly"):
+        require_extra(package, EXTRA)
 
 
 def _check(name: str, value: Any, kind: type) -> None:

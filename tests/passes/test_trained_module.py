@@ -13,11 +13,12 @@ from torch import nn
 from torch.fx import Interpreter
 
 from zeropoint.backends import xnnpack
-from zeropoint.graph.train_eval import freeze_batch_norm
+from zeropoint.graph.train_eval import freeze_batch_norm, move_exported_model_to_eval
 from zeropoint.numerics.fake_quantize import disable_fake_quant, disable_observer
 from zeropoint.numerics.learnable_fake_quantize import LearnableFakeQuantize
 from zeropoint.numerics.observers import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
 from zeropoint.numerics.sqnr import sqnr_db
+from zeropoint.passes.trained_module import TrainedModule
 from zeropoint.workflow import convert_pt2e, prepare_qat_pt2e
 
 aten = torch.ops.aten
@@ -191,3 +192,26 @@ def test_it_is_converted_as_it_was_trained():
     converted = convert_pt2e(model)
     scale = models.find(converted, "output").args[0][0].args[1]
     assert (converted(x) - expected).abs().max() <= scale * 1.001
+
+
+def test_code_is_made_once_for_each_switch(monkeypatch):
+    layers, shape = LAYERS["conv"]()
+    model = xnnpack_trained(layers, shape, None)
+    made = []
+    monkeypatch.setattr(
+        TrainedModule, "recompile", lambda self, whole=TrainedModule.recompile: made.append(whole(self))
+    )
+    for mode, count in ((False, 0), (True, 1), (True, 1), (False, 2), (False, 2)):
+        model.train(mode)
+        assert len(made) == count
+
+
+def test_frozen_batch_norms_are_folded_however_eval_mode_is_set():
+    layers, shape = LAYERS["conv"]()
+    model = xnnpack_trained(layers, shape, None).train()
+    freeze_batch_norm(model)
+    move_exported_model_to_eval(model)
+    assert "batch_norm" not in model.code
+    x = torch.randn(shape)
+    expected = model(x)
+    assert torch.equal(convert_pt2e(model)(x), expected)

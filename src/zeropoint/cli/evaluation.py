@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from zeropoint.cli.data import Data
+from zeropoint.core.dtypes import is_float
 from zeropoint.graph.copies import copy_graph
 from zeropoint.graph.inputs import inputs_for
 from zeropoint.numerics.sqnr import sqnr_db
@@ -57,7 +58,7 @@ def evaluate(float_model: GraphModule, int8_model: GraphModule, data: Data, batc
     for number, batch in enumerate(batches):
         inputs = inputs_for(float_model, batch, f"batch {number}")
         outputs = [pytree.tree_leaves(model(*inputs)) for model in models]
-        pairs = [(a, b) for a, b in zip(*outputs, strict=True) if isinstance(a, torch.Tensor) and a.is_floating_point()]
+        pairs = [(a, b) for a, b in zip(*outputs, strict=True) if is_float(a)]
         lowest = min([lowest, *(sqnr_db(expected, found) for expected, found in pairs)])
         if len(pairs) == 1 and pairs[0][0].dim() == 2 and (classes := pairs[0][0].shape[1]) > 1:
             choices.append((pairs[0][0].argmax(1), pairs[0][1].argmax(1)))

@@ -13,7 +13,6 @@ from zeropoint.cli.job import Job
 from zeropoint.cli.output import StageBar, note
 from zeropoint.cli.settings import Settings
 from zeropoint.core.errors import ComparisonError
-from zeropoint.core.extras import require_extra
 from zeropoint.report.benchmark import Benchmark
 from zeropoint.report.compare import compare
 from zeropoint.report.site_table import Comparison
@@ -52,14 +51,14 @@ def require_data(data: str | None, settings: Settings, where: str) -> None:
         raise UsageError("there is no data to measure activations on", where=where, remedy=remedy)
 
 
-def require_report() -> None:
-    """Raises where a package that the page needs is missing: before any work.
+def require_samples(data: object) -> None:
+    """Raises where there is no data, which a comparison needs.
 
     Raises:
-        MissingExtraError: names it.
+        UsageError: so it is.
     """
-    for package in ("jinja2", "plotly"):
-        require_extra(package, "report")
+    if data is None:
+        raise UsageError("there is no data to compare on", where="compare", remedy=f"Give --data: {KINDS}.")
 
 
 def quantized(job: Job, bar: StageBar, *, verify: bool | None = None) -> QuantizedModel:
@@ -84,8 +83,8 @@ def compared(job: Job, result: QuantizedModel, bar: StageBar, measure: int = CUR
         UsageError: there is no data.
         ComparisonError: the models cannot be compared; says why.
     """
-    if job.data is None:
-        raise UsageError("there is no data to compare on", where="compare", remedy=f"Give --data: {KINDS}.")
+    require_samples(job.data)
+    assert job.data is not None
     batches = bar.each(job.data.calibration, len(job.data.calibration), "compare site by site")
     return compare(job.graph, result, batches, measure=measure)
 

@@ -32,6 +32,11 @@ def plain_dtype(dtype: torch.dtype) -> torch.dtype:
     return LEGACY_DTYPES.get(dtype, dtype)
 
 
+def is_float(value: object) -> bool:
+    """True for a tensor of real values."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
 def check_dtype(dtype: Any, where: str = "") -> None:
     """Refuses a dtype that a tensor neither is quantized to nor stays float by.
 

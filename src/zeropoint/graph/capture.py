@@ -54,6 +54,18 @@ def capture(
             raise CaptureError(f"got {type(model).__name__}, not a model", remedy=remedy)
 
 
+def capture_given(model: Any, example_inputs: tuple[Any, ...] | None, where: str) -> GraphModule:
+    """Returns what ``capture`` does, for functions that take example inputs of modules only.
+
+    Raises:
+        CaptureError: as ``capture``; or a module that is not exported comes without example inputs.
+    """
+    if example_inputs is None and not isinstance(model, ExportedProgram) and not is_exported(model):
+        remedy = "Give example_inputs=(x,), a tuple of positional inputs, or an exported program."
+        raise CaptureError(f"{type(model).__name__} is not exported", where=where, remedy=remedy)
+    return capture(model, () if example_inputs is None else example_inputs)
+
+
 def capture_for_training(
     model: nn.Module | ExportedProgram | GraphModule, example_inputs: tuple[Any, ...], *, dynamic_shapes: Any = None
 ) -> GraphModule:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 from zeropoint.graph.attributes import get_attribute, set_parameter
@@ -22,6 +24,11 @@ def copy_graph(model: GraphModule) -> GraphModule:
         set_parameter(copied, path, get_attribute(copied, path).detach().clone())
     copied.meta.update(model.meta)
     return copied
+
+
+def copied(value: Any) -> Any:
+    """Returns a tensor of its own with the values of one, without its gradient; anything else as it is."""
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def restart(model: GraphModule, beginning: GraphModule) -> None:

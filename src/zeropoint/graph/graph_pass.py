@@ -39,6 +39,13 @@ def bodies(model: GraphModule) -> Iterator[tuple[str, GraphModule]]:
                 yield path, body
 
 
+def graphs_of(model: GraphModule) -> Iterator[GraphModule]:
+    """Yields the bodies of the control flow in a model, those in them first, then the model."""
+    for _, body in bodies(model):
+        yield from graphs_of(body)
+    yield model
+
+
 def pipeline(function: Callable[P, R]) -> Callable[P, R]:
     """Runs a function of many passes without garbage collection.
 

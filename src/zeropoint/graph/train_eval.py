@@ -135,6 +135,9 @@ def allow_exported_model_train_eval(model: GraphModule) -> GraphModule:
 class SwitchedModule(GraphModule):
     """A graph module whose ``train()``, ``eval()`` and ``to(device)`` change its graph, as they do an ``nn.Module``."""
 
+    runs_otherwise_in_eval = False
+    """Its code depends on ``training``, besides on the graph."""
+
     def train(self, mode: bool = True) -> SwitchedModule:
         """Returns the module, moved to train mode, or to eval mode."""
         _move(self, training=mode)
@@ -207,9 +210,11 @@ def tell_mode(model: GraphModule) -> None:
 def _move(model: GraphModule, training: bool) -> GraphModule:
     _require_graph(model)
     _mark_frozen(_deciding(model))
+    is_turned = model.training != training
     _set_flags(model, training)
     for graph in _graphs(model):
-        if _switch(graph, training):
+        is_switched = _switch(graph, training)
+        if is_switched or (is_turned and getattr(graph, "runs_otherwise_in_eval", False)):
             graph.recompile()
     return model
 

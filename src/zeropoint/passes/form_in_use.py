@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from zeropoint.core.dtypes import INTEGER_DTYPES, plain_dtype
 from zeropoint.core.errors import CalibrationError
 from zeropoint.core.specs import PER_CHANNEL
+from zeropoint.graph.attributes import get_attribute
 from zeropoint.graph.batch_norms import is_in_train_mode
 from zeropoint.graph.bias_grid import input_of
 from zeropoint.graph.bind import argument, set_argument
@@ -57,7 +58,9 @@ def fold_in_use(graph: Graph, model: GraphModule) -> None:
 def chain_of(members: dict[Role, Node]) -> Chain | None:
     """Returns what is divided, by what, and the bias that is added, of a group in which nothing was changed."""
     output, norm = members.get("output"), members.get("norm")
-    if output is None or norm is None or argument(norm, "input") is not output:
+    if output is None or norm is None or norm.target is not aten.batch_norm.default:
+        return None
+    if argument(norm, "input") is not output:
         return None
     bias = None
     if output.target is aten.add.Tensor:
@@ -85,7 +88,7 @@ def _per_channel(node: Any) -> Node | None:
 
 def _is_whole(members: dict[Role, Node]) -> bool:
     """True for a group whose layer adds the zeros, or nothing, and whose batch norm reads stored tensors."""
-    if chain_of(members) is None or members["norm"].target is not aten.batch_norm.default:
+    if chain_of(members) is None:
         return False
     layer, norm, zeros = members["layer"], members["norm"], members.get("bias")
     added = zeros.all_input_nodes[0] if zeros is not None else None
@@ -98,21 +101,16 @@ def _fold(model: GraphModule, members: dict[Role, Node]) -> None:
     """Lets the layer add what batch norm does, and its readers read the layer."""
     layer, norm, zeros = members["layer"], members["norm"], members.get("bias")
     gamma = argument(norm, "weight")
-    if gamma is not None and not bool((_value(model, gamma) != 0).all()):
+    if gamma is not None and not bool((get_attribute(model, str(gamma.target)) != 0).all()):
         return  # The scaled weight of such a channel is not 0, as the folded one is.
     read = [*(argument(norm, name) for name in NORM_READS), zeros.all_input_nodes[0] if zeros is not None else None]
     with layer.graph.inserting_before(layer):
         again = [None if each is None else layer.graph.get_attr(str(each.target)) for each in read]
-        shift = layer.graph.call_function(shift_of, (*again, argument(norm, "eps"), str(layer.meta["val"].dtype)))
+        shift = layer.graph.call_function(shift_of, (*again, argument(norm, "eps"), layer.meta["val"].dtype))
     set_argument(layer, "bias", shift)
     members["output"].replace_all_uses_with(layer)
     norm.replace_all_uses_with(argument(norm, "input"))
     norm.graph.erase_node(norm)
-
-
-def _value(model: GraphModule, node: Node) -> torch.Tensor:
-    owner, _, name = str(node.target).rpartition(".")
-    return getattr(model.get_submodule(owner), name).detach()
 
 
 def shift_of(
@@ -122,11 +120,11 @@ def shift_of(
     variance: torch.Tensor,
     bias: torch.Tensor | None,
     eps: float,
-    dtype: str,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Returns what a layer with batch norm in its weight adds, ``(channels,)``, of the dtype named."""
+    """Returns what a layer with batch norm in its weight adds, ``(channels,)``."""
     doubles = [None if each is None else each.double() for each in (gamma, beta, mean, variance, bias)]
-    return factor_and_shift_of(*doubles, eps)[1].to(getattr(torch, dtype.removeprefix("torch.")))  # type: ignore[arg-type]
+    return factor_and_shift_of(*doubles, eps)[1].to(dtype)  # type: ignore[arg-type]
 
 
 def _round_in_use(model: GraphModule, layer: Node) -> None:
@@ -159,14 +157,14 @@ def _is_on_grid(fake: Any, axis: int | None) -> bool:
 
 
 def bias_in_use(bias: torch.Tensor, x: Any, weight: Any, repeats: int) -> torch.Tensor:
-    """Returns a bias rounded to multiples of ``s_x s_w`` in eval mode, while both round; its gradient passes.
+    """Returns a bias rounded to multiples of ``s_x s_w``, while both round; its gradient passes.
 
     Args:
         bias: ``(out channels,)``.
         x, weight: the fake quantizers of the layer's input and weight.
         repeats: how often the scales of the weight repeat: the groups of a transposed convolution.
     """
-    if x.training or not (bool(x.fake_quant_enabled[0]) and bool(weight.fake_quant_enabled[0])):
+    if not (bool(x.fake_quant_enabled[0]) and bool(weight.fake_quant_enabled[0])):
         return bias
     try:
         scales = [fake.calculate_qparams()[0].detach().flatten().float() for fake in (x, weight)]

@@ -28,6 +28,8 @@ class TrainedModule(ExplainedModule):
     itself has the operators that programs look for, and that is what is copied and saved.
     """
 
+    runs_otherwise_in_eval = True
+
     def recompile(self) -> PythonCode:
         """Brings ``forward`` up to date with the graph."""
         written = self._graph
@@ -36,12 +38,6 @@ class TrainedModule(ExplainedModule):
             return super().recompile()
         finally:
             self.__dict__["_graph"] = written
-
-    def train(self, mode: bool = True) -> TrainedModule:
-        """Returns the module, moved to train mode, or to eval mode."""
-        super().train(mode)
-        self.recompile()
-        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         self.__dict__["_as_written"] = True
@@ -73,10 +69,8 @@ def as_run(model: GraphModule) -> Graph:
 
 def _parts(members: dict[Role, Node]) -> Chain | None:
     """Returns the chain of a group in train mode that is whole."""
-    norm = members.get("norm")
-    if norm is None or norm.target is not aten.batch_norm.default or not argument(norm, "training"):
-        return None
-    return chain_of(members)
+    chain = chain_of(members)
+    return chain if chain is not None and argument(members["norm"], "training") else None
 
 
 def _join(norm: Node, layer: Node, scale: Node, bias: Node | None) -> None:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from zeropoint.backends.xnnpack.fold import folded
 from zeropoint.backends.xnnpack.lower import repaired
 from zeropoint.backends.xnnpack.sound import RULES, VALUE_RULES, unsound
+from zeropoint.core.dtypes import is_float
 from zeropoint.core.errors import LoweringError
 from zeropoint.graph.bind import argument, reads
 from zeropoint.graph.constants import constant_nodes
@@ -192,7 +193,9 @@ def _finding(node: Node, what: str, remedy: str = "") -> Finding:
 def _islands(model: GraphModule, integer: set[Node]) -> list[Island]:
     """Returns the float operators next to integers: those that read from one another are one island."""
     conversions = (*ops.QUANTIZE_OPS, *ops.DEQUANTIZE_OPS)
-    floats = [n for n in compute_nodes(model) if n.graph is model.graph and n not in integer and _is_float(n)]
+    floats = [
+        n for n in compute_nodes(model) if n.graph is model.graph and n not in integer and is_float(n.meta.get("val"))
+    ]
     floats = [node for node in floats if node.target not in conversions]
     island_of: dict[Node, list[Node]] = {}
     for node in floats:
@@ -203,11 +206,6 @@ def _islands(model: GraphModule, integer: set[Node]) -> list[Island]:
     islands = {id(nodes): nodes for nodes in island_of.values()}.values()
     found = [_island(nodes, constant_nodes(model)) for nodes in islands]
     return [island for island in found if island.dequantized or island.quantized]
-
-
-def _is_float(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _island(nodes: list[Node], constants: set[Node]) -> Island:

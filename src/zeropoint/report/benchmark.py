@@ -11,7 +11,7 @@ from typing import Any
 from zeropoint.report.borders import Borders
 from zeropoint.report.slowness import reasons
 from zeropoint.report.summary import size_line
-from zeropoint.report.work import NodeWork
+from zeropoint.report.work import NodeWork, integer_and_float
 
 NO_GAIN = 0.9
 """From this share of the float time on, the quantized file counts as not faster."""
@@ -86,12 +86,12 @@ class Benchmark:
     @property
     def integer_macs(self) -> int:
         """Multiply-accumulates in integers."""
-        return sum(node.multiply_accumulates for node in self.work if node.is_integer)
+        return integer_and_float(self.work)[0]
 
     @property
     def float_macs(self) -> int:
         """Multiply-accumulates in float."""
-        return sum(node.multiply_accumulates for node in self.work if not node.is_integer)
+        return integer_and_float(self.work)[1]
 
     @property
     def why(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from zeropoint.core.dtypes import FLOAT_DTYPES, plain_dtype
 from zeropoint.core.errors import ComparisonError
 from zeropoint.graph.bind import reads
 from zeropoint.graph.constants import constant_nodes
+from zeropoint.graph.copies import copied
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.inputs import inputs_for
 from zeropoint.graph.observers import has_observers, is_fake_quantizer, observer_of
@@ -194,11 +195,7 @@ def _run(run: PreparedRun | ConvertedRun, inputs: tuple[Any, ...]) -> list[Any]:
     """Returns what a model gives, as a list; random numbers in it are the same in every run."""
     with torch.random.fork_rng(devices=()):
         torch.random.set_rng_state(torch.Generator().manual_seed(0).get_state())
-        return pytree.tree_leaves(run.run(*pytree.tree_map(_copied, inputs)))
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+        return pytree.tree_leaves(run.run(*pytree.tree_map(copied, inputs)))
 
 
 def _site_names(model: GraphModule, values: dict[str, SiteValue]) -> Iterator[tuple[str, str]]:

@@ -11,9 +11,11 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from zeropoint.core.dtypes import is_float
 from zeropoint.core.errors import ComparisonError, NonFiniteError
 from zeropoint.graph.capture import capture
 from zeropoint.graph.constants import evaluate
+from zeropoint.graph.copies import copied
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.inputs import inputs_for
 from zeropoint.graph.observers import has_observers
@@ -26,7 +28,6 @@ from zeropoint.report.compared_sites import (
     Sums,
     find_sites,
     groups_of,
-    is_float,
     some_along,
     some_of,
 )
@@ -111,7 +112,7 @@ class Comparing:
 
     @torch.no_grad()
     def _float_outputs(self, inputs: tuple[Any, ...]) -> list[Any]:
-        return pytree.tree_leaves(self._reference(*pytree.tree_map(_copied, inputs)))
+        return pytree.tree_leaves(self._reference(*pytree.tree_map(copied, inputs)))
 
     def _see_batch(self, index: int, inputs: tuple[Any, ...]) -> None:
         if index % STUDIED == 0:
@@ -129,7 +130,7 @@ class Comparing:
             if is_float(wanted):
                 _require_finite(wanted, index)
                 sums.add(wanted, each)
-        self._keep(index, (pytree.tree_map(_copied, inputs), [_copied(each) for each in expected]))
+        self._keep(index, (pytree.tree_map(copied, inputs), [copied(each) for each in expected]))
         self.batches += 1
 
     def _keep(self, index: int, batch: tuple[tuple[Any, ...], list[Any]]) -> None:
@@ -301,7 +302,3 @@ def _require_finite(value: torch.Tensor, batch: int) -> None:
     if bool(value.isnan().any()):
         what = "the float model returns NaN"
         raise NonFiniteError(what, where=f"{WHERE}, batch {batch}", remedy="Look at the data and the weights.")
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch.fx import GraphModule, Node
 
-from zeropoint.graph.bind import reads
+from zeropoint.graph.bind import argument, reads
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.layers import CLAMPS
 from zeropoint.report.conversions import chooses_qparams, is_dequantize, is_quantize
@@ -53,7 +53,8 @@ class Site:
     @property
     def limits(self) -> tuple[int, int]:
         """The smallest and the largest integer."""
-        return limits_of(self.dequantizes[0])
+        low, high = (argument(self.dequantizes[0], name) for name in ("quant_min", "quant_max"))
+        return (-128 if low is None else int(low), 127 if high is None else int(high))
 
     @property
     def name(self) -> str:
@@ -62,15 +63,6 @@ class Site:
             return self.source.name
         named = [str(site) for reader in self.readers for site, read in reads(reader) if read in self.dequantizes]
         return named[0] if named else self.source.name
-
-
-def limits_of(dequantize: Node) -> tuple[int, int]:
-    """Returns the smallest and the largest integer that a quantize or dequantize operator names."""
-    schema = getattr(dequantize.target, "_schema", None)
-    names = [argument.name for argument in schema.arguments] if schema is not None else []
-    bound = dict(zip(names, dequantize.args, strict=False)) | dequantize.kwargs
-    low, high = bound.get("quant_min"), bound.get("quant_max")
-    return (-128 if low is None else int(low), 127 if high is None else int(high))  # type: ignore[arg-type]
 
 
 def find_sites(model: GraphModule) -> list[Site]:
@@ -260,11 +252,6 @@ def _largest(error: torch.Tensor) -> float:
     if not math.isfinite(low + high):
         return _largest(error[error.isfinite()])
     return max(-low, high)
-
-
-def is_float(value: Any) -> bool:
-    """True for a tensor of real values."""
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 @dataclass(frozen=True, eq=False, slots=True)

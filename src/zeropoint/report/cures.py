@@ -12,7 +12,9 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from zeropoint.annotate.rules import Rules
+from zeropoint.backends.xnnpack.config import FINE_EPS
 from zeropoint.core.configs import QuantizationConfig
+from zeropoint.core.dtypes import is_float
 from zeropoint.core.errors import ComparisonError
 from zeropoint.core.policy import CORRECTED_KEY
 from zeropoint.graph.layers import LAYERS, TRANSPOSED
@@ -21,12 +23,11 @@ from zeropoint.graph.source import module_path, module_stack
 from zeropoint.numerics import ops
 from zeropoint.numerics.observers import PerChannelMinMaxObserver
 from zeropoint.numerics.qparams import choose_qparams
-from zeropoint.report.compared_sites import Site, Sums, chain_of, is_float
+from zeropoint.report.compared_sites import Site, Sums, chain_of
 from zeropoint.report.lockstep import Lockstep
 from zeropoint.report.work import is_integer_layer, multiply_accumulates
 
 Kind = Literal["per_channel", "float"]
-PER_CHANNEL_EPS = 2**-20
 MOST_DB = 120.0
 """An output that is exact counts as so many dB in the mean."""
 SMALLEST_GAIN_DB = 0.5
@@ -100,7 +101,7 @@ class Cure:
 def per_channel(config: QuantizationConfig) -> QuantizationConfig:
     """Returns the configuration with a weight scale for each output channel."""
     assert config.weight is not None
-    observer = PerChannelMinMaxObserver.with_args(eps=PER_CHANNEL_EPS)
+    observer = PerChannelMinMaxObserver.with_args(eps=FINE_EPS)
     weight = replace(config.weight, observer_or_fake_quant_ctr=observer, qscheme=torch.per_channel_symmetric, ch_axis=0)
     return replace(config, weight=weight)
 
@@ -145,10 +146,17 @@ class Patient:
         self.integer = {n for n in layers if is_integer_layer(n)}
         self._within = _nodes_within(run.model)
         self._chains = _chains(sites)
+        self._known: dict[tuple[Proposal, ...], float] = {}
+
+    def sqnr_db(self, proposals: Sequence[Proposal]) -> float:
+        """Returns the SQNR of the outputs of the changed model in dB; it is run once for each choice of proposals."""
+        chosen = tuple(proposals)
+        if chosen not in self._known:
+            self._known[chosen] = self._measured(chosen)
+        return self._known[chosen]
 
     @torch.no_grad()
-    def sqnr_db(self, proposals: Sequence[Proposal]) -> float:
-        """Returns the SQNR of the outputs of the changed model in dB."""
+    def _measured(self, proposals: Sequence[Proposal]) -> float:
         other = self._other_values(proposals)
         sums: list[Sums] = []
         self.run.restart()
@@ -287,7 +295,7 @@ def _in_channels(site: Site, weight: torch.Tensor) -> torch.Tensor:
         low,
         high,
         symmetric=True,
-        eps=PER_CHANNEL_EPS,
+        eps=FINE_EPS,
     )
     return (weight / scale).round().clamp(low, high) * scale
 

@@ -13,8 +13,8 @@ from torch.fx import GraphModule
 from zeropoint.annotate.groups import resolve
 from zeropoint.annotate.quantizer import Quantizer
 from zeropoint.annotate.read import read_plan
-from zeropoint.core.errors import CaptureError, NothingQuantizedError, SpecError
-from zeropoint.graph.capture import capture, is_exported
+from zeropoint.core.errors import NothingQuantizedError, SpecError
+from zeropoint.graph.capture import capture_given, is_exported
 from zeropoint.graph.copies import copy_graph
 from zeropoint.graph.graph_pass import pipeline
 from zeropoint.graph.observers import has_observers
@@ -65,19 +65,11 @@ def explain(
             raise SpecError("the model is prepared already, by its own quantizer", where=WHERE, remedy=remedy)
         explanation = _explain_prepared(model, calibration_data)
     else:
-        explanation = _explain_plan(_captured(model, example_inputs), quantizer, calibration_data)
+        captured = capture_given(model, example_inputs, WHERE)
+        require_unprepared(captured, WHERE)
+        explanation = _explain_plan(captured, quantizer, calibration_data)
     explanation.require_quantized(strict)
     return explanation
-
-
-def _captured(model: Any, example_inputs: tuple[Any, ...] | None) -> GraphModule:
-    if isinstance(model, GraphModule) and is_exported(model):
-        require_unprepared(model, WHERE)
-        return model
-    if example_inputs is None and not isinstance(model, ExportedProgram):
-        remedy = "Give example_inputs=(x,), a tuple of positional inputs, or an exported program."
-        raise CaptureError(f"{type(model).__name__} is not exported", where=WHERE, remedy=remedy)
-    return capture(model, example_inputs if example_inputs is not None else ())
 
 
 @pipeline

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.fx import GraphModule, Node
 from zeropoint.annotate.annotation import Q_ANNOTATION_KEY, is_valid_annotation
 from zeropoint.annotate.plan import DECISION_KEY
 from zeropoint.graph.bind import Site, reads
-from zeropoint.graph.graph_pass import bodies
+from zeropoint.graph.graph_pass import graphs_of
 from zeropoint.graph.observers import observer_of
 from zeropoint.graph.source import module_path, operator_name, source_line
 from zeropoint.report.coverage import NOT_ANNOTATED, CoverageRow, compute_nodes
@@ -38,7 +37,7 @@ class PreparedSites:
         self.called: dict[Node, int] = {}
         """The number of the group, by the node that calls its observer."""
         self.places: dict[int, dict[Node, list[str]]] = defaultdict(lambda: defaultdict(list))
-        for each in _graphs(model):
+        for each in graphs_of(model):
             self._find(each)
 
     def _find(self, model: GraphModule) -> None:
@@ -116,12 +115,6 @@ def explain_prepared(model: GraphModule, sites: PreparedSites) -> tuple[Explaine
 def _row(node: Node, *, is_quantized: bool) -> CoverageRow:
     reason = "" if is_quantized else NOT_ANNOTATED
     return CoverageRow(node.name, operator_name(node), module_path(node), source_line(node), "", reason)
-
-
-def _graphs(model: GraphModule) -> Iterator[GraphModule]:
-    for _, body in bodies(model):
-        yield from _graphs(body)
-    yield model
 
 
 def describe_observer(observer: Any) -> str:

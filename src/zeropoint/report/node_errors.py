@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch.fx import Node, map_arg
 
+from zeropoint.core.dtypes import is_float
 from zeropoint.graph.compat import OpOverload
 from zeropoint.graph.layers import CONVOLUTIONS, LAYERS, LINEAR, TRANSPOSED
 from zeropoint.graph.schema import schema_of
-from zeropoint.report.compared_sites import Seen, Site, Sums, decibels, is_float, power, some_of
+from zeropoint.report.compared_sites import Seen, Site, Sums, decibels, power, some_of
 from zeropoint.report.lockstep import Lockstep
 
 MOST_VALUES = 2**14

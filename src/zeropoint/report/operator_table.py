@@ -17,7 +17,7 @@ from zeropoint.graph.bind import bind, reads
 from zeropoint.graph.capture import require_exported
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.constants import constant_nodes
-from zeropoint.graph.graph_pass import bodies
+from zeropoint.graph.graph_pass import bodies, graphs_of
 from zeropoint.graph.layers import CLAMPS
 from zeropoint.graph.observers import has_observers
 from zeropoint.graph.source import module_path, operator_name
@@ -68,7 +68,7 @@ def summary(converted: GraphModule) -> str:
         converted = copy.deepcopy(converted)
         bring_in_parameters(converted)
     seen: set[int] = set()
-    rows = [row for model in _graphs(converted) for row in _rows(model, converted, seen)]
+    rows = [row for model in graphs_of(converted) for row in _rows(model, converted, seen)]
     lines = _aligned([HEADER, *rows]) if rows else ["no operator is integer"]
     return "\n".join([*lines, *_totals(converted, len(rows))])
 
@@ -83,12 +83,6 @@ def _check_form(converted: GraphModule) -> None:
             "Convert with use_reference_representation=False.",
         )
         raise GraphError(what, where=WHERE, remedy=remedy)
-
-
-def _graphs(model: GraphModule) -> Iterator[GraphModule]:
-    for _, body in bodies(model):
-        yield from _graphs(body)
-    yield model
 
 
 def _rows(model: GraphModule, whole: GraphModule, seen: set[int]) -> Iterator[tuple[str, ...]]:
@@ -210,7 +204,7 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
 def _totals(converted: GraphModule, count: int) -> list[str]:
     rows = record_of(converted).coverage
     floating = f", {sum(not row.is_quantized for row in rows)} in float" if rows else ""
-    conversions = sum(is_quantize(node) for model in _graphs(converted) for node in model.graph.nodes)
+    conversions = sum(is_quantize(node) for model in graphs_of(converted) for node in model.graph.nodes)
     tensors = tensors_of(converted).values()
     integers, floats = (
         sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors if t.is_floating_point() is kind}.values())

@@ -10,7 +10,8 @@ import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from zeropoint.report.compared_sites import Seen, Site, SiteWatch, is_float, power
+from zeropoint.core.dtypes import is_float
+from zeropoint.report.compared_sites import Seen, Site, SiteWatch, power
 from zeropoint.report.lockstep import Lockstep
 from zeropoint.report.node_errors import NodeErrors, is_computed_anew
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from zeropoint.report.borders import Borders
 from zeropoint.report.speed import processor_notes
-from zeropoint.report.work import NodeWork
+from zeropoint.report.work import NodeWork, integer_and_float
 
 SMALL_MS = 0.2
 """Below it, a call of the runtime and starting its threads is much of the time."""
@@ -49,7 +49,7 @@ def reasons(
 
 
 def _of_work(work: Sequence[NodeWork]) -> Iterator[str]:
-    integer, floating = (sum(n.multiply_accumulates for n in work if n.is_integer is kind) for kind in (True, False))
+    integer, floating = integer_and_float(work)
     whole = integer + floating
     if not whole:
         yield "no operator multiplies and accumulates, which is where int8 gains"

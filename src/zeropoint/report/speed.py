@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from zeropoint.core.processor import has_integer_dot_product
 from zeropoint.report.borders import borders_of
-from zeropoint.report.work import node_work
+from zeropoint.report.work import integer_and_float, node_work
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,8 @@ class Work:
 def work_of(converted: GraphModule) -> Work:
     """Returns the multiply-accumulates of a converted model, for the sizes that it was exported with."""
     nodes = node_work(converted)
-    integer = sum(node.multiply_accumulates for node in nodes if node.is_integer)
-    floating = sum(node.multiply_accumulates for node in nodes if not node.is_integer)
     depthwise = sum(node.is_integer and node.is_depthwise for node in nodes)
-    return Work(integer, floating, depthwise, borders_of(converted).quantizes)
+    return Work(*integer_and_float(nodes), depthwise, borders_of(converted).quantizes)
 
 
 def speed_note(work: Work) -> str:

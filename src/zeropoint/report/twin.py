@@ -16,6 +16,7 @@ from zeropoint.graph.attributes import get_attribute
 from zeropoint.graph.bind import Site, bind, reads
 from zeropoint.graph.constants import FLOAT_PATH_KEY, constant_nodes, evaluate, mutated_attributes
 from zeropoint.graph.control_flow import is_control_flow
+from zeropoint.graph.copies import copy_graph
 from zeropoint.graph.layers import scale_inputs, scale_outputs
 from zeropoint.graph.source import describe
 from zeropoint.passes.canonicalize import canonicalize
@@ -27,8 +28,7 @@ WHERE = "compare"
 
 def folded(float_model: GraphModule) -> GraphModule:
     """Returns the float model with the graph that prepare makes of it; parameters are shared."""
-    model = GraphModule(float_model, copy.deepcopy(float_model.graph))
-    model.meta.update(float_model.meta)
+    model = copy_graph(float_model)
     canonicalize(model)
     fold_batch_norm(model)
     model.recompile()

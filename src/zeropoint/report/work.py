@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,14 @@ class NodeWork:
 def node_work(converted: GraphModule) -> tuple[NodeWork, ...]:
     """Returns the work of each node that multiplies and accumulates, in the order of the graph."""
     return tuple(_work(converted))
+
+
+def integer_and_float(work: Iterable[NodeWork]) -> tuple[int, int]:
+    """Returns the multiply-accumulates that are computed in integers, and those in float."""
+    amounts = {True: 0, False: 0}
+    for node in work:
+        amounts[node.is_integer] += node.multiply_accumulates
+    return amounts[True], amounts[False]
 
 
 def _work(model: GraphModule) -> Iterator[NodeWork]:

@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from zeropoint.core.dtypes import is_float
 from zeropoint.numerics import ops
 from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.runtime.shaken import shaken
@@ -93,8 +94,7 @@ def _shaken_db(model: GraphModule, inputs: tuple[Any, ...], expected: list[Any])
 
 
 def _sqnr_db(expected: Any, actual: Any) -> float:
-    is_float = isinstance(expected, torch.Tensor) and expected.is_floating_point()
-    return sqnr_db(expected, actual) if is_float else math.inf
+    return sqnr_db(expected, actual) if is_float(expected) else math.inf
 
 
 def agreement(node: Node | None, expected: Any, actual: Any) -> Agreement:

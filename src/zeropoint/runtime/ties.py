@@ -11,6 +11,7 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from zeropoint.core.dtypes import is_float
 from zeropoint.graph.attributes import get_attribute, set_parameter
 from zeropoint.graph.bind import argument
 from zeropoint.graph.constants import mutated_attributes
@@ -43,8 +44,7 @@ def float_sources(node: Node) -> list[Node]:
         if current in seen or current.op != "call_function":
             continue
         seen.add(current)
-        value = current.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
+        if is_float(current.meta.get("val")):
             found[current] = None
         else:
             waiting.extend(current.all_input_nodes)

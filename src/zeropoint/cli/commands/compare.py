@@ -10,9 +10,8 @@ import typer
 
 import zeropoint
 from zeropoint.cli.cure_rules import lines_of, rules_of, with_rules
-from zeropoint.cli.exits import UsageError
 from zeropoint.cli.job import Job, load_job
-from zeropoint.cli.measured import CURES, KINDS, compared, quantized
+from zeropoint.cli.measured import CURES, compared, quantized, require_samples
 from zeropoint.cli.options import (
     BackendOption,
     ConfigOption,
@@ -60,8 +59,7 @@ def compare(
 ) -> None:
     """Say which tensors cost MODEL its accuracy as int8, why, and which rules of the configuration cure it."""
     settings = settings_of(config, backend, scheme, exclude_module, exclude_type, exclude_operator)
-    if data is None:
-        raise UsageError("there is no data to compare on", where="compare", remedy=f"Give --data: {KINDS}.")
+    require_samples(data)
     if write_config is not None:
         check_file_free(write_config, force=force)
     require_extra("executorch.exir", "executorch")

@@ -12,7 +12,7 @@ from zeropoint.api import QuantizedModel
 from zeropoint.cli.evaluation import Evaluation, evaluate
 from zeropoint.cli.exits import CheckFailed, UsageError
 from zeropoint.cli.job import Job, checked, load_job
-from zeropoint.cli.measured import Measured, measured, quantized, require_data, require_report
+from zeropoint.cli.measured import Measured, measured, quantized, require_data
 from zeropoint.cli.options import (
     BackendOption,
     ConfigOption,
@@ -40,7 +40,8 @@ from zeropoint.cli.settings import CheckSettings, Settings
 from zeropoint.core.extras import require_extra
 from zeropoint.report.explain import explain
 from zeropoint.report.explanation import Explanation
-from zeropoint.report.work import node_work
+from zeropoint.report.speed import speed_note, work_of
+from zeropoint.reporting import require_packages
 
 Done = tuple[QuantizedModel, Evaluation | None, Measured | None]
 
@@ -71,7 +72,7 @@ def quantize(
     require_data(data, settings, "quantize")
     require_extra("executorch.exir", "executorch")
     if report:
-        require_report()
+        require_packages()
     with only_results(debug=debug), StageBar() as bar:
         bar("load and export", 0, None)
         job = load_job(model, data, settings)
@@ -110,16 +111,13 @@ def _run(job: Job, bar: StageBar, *, report: bool) -> Done:
 def _summary(job: Job, explanation: Explanation, done: Done) -> dict[str, Any]:
     result, compared, _ = done
     data, record = job.data, result.record
-    work = node_work(result.model)
+    work = work_of(result.model)
     return {
         "zeropoint": zeropoint.__version__,
         **job.named(),
         "calibration_samples": 0 if data is None else len(data.calibration) * data.batch,
         "operators": {"integer": len(explanation.quantized), "float": len(explanation.stays_float)},
-        "multiply_accumulates": {
-            "integer": sum(each.multiply_accumulates for each in work if each.is_integer),
-            "float": sum(each.multiply_accumulates for each in work if not each.is_integer),
-        },
+        "multiply_accumulates": {"integer": work.integer, "float": work.floating},
         "rules": [{"rule": each.rule, "matched": each.matched, "decided": each.decided} for each in explanation.rules],
         "bytes": {"float": record.float_bytes, "int8": record.converted_bytes, "file": len(result.pte)},
         "delegates": result.delegates,
@@ -127,7 +125,7 @@ def _summary(job: Job, explanation: Explanation, done: Done) -> dict[str, Any]:
         "float_sqnr_db": number(result.float_sqnr_db),
         "runtime_sqnr_db": number(result.runtime_sqnr_db),
         "compared": None if compared is None else _compared(compared),
-        "speed_note": result.speed_note(),
+        "speed_note": speed_note(work),
         "stages_s": result.stages_s,
     }
 

@@ -9,7 +9,7 @@ import typer
 
 from zeropoint.cli.exits import UsageError
 from zeropoint.cli.job import load_job
-from zeropoint.cli.measured import CURES, RUNS, measured, quantized, require_data, require_report
+from zeropoint.cli.measured import CURES, RUNS, measured, quantized, require_data
 from zeropoint.cli.options import (
     BackendOption,
     ConfigOption,
@@ -29,6 +29,7 @@ from zeropoint.cli.options import (
 from zeropoint.cli.output import StageBar, number, only_results, warn_of_random, write_json, write_text
 from zeropoint.cli.output_folder import check_file_free
 from zeropoint.core.extras import require_extra
+from zeropoint.reporting import require_packages
 
 
 def report(
@@ -57,7 +58,7 @@ def report(
     check_file_free(out, force=force)
     require_data(data, settings, "report")
     require_extra("executorch.exir", "executorch")
-    require_report()
+    require_packages()
     with only_results(debug=debug), StageBar() as bar:
         bar("load and export", 0, None)
         job = load_job(model, data, settings)
