@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -27,7 +26,7 @@ from zeropoint.core.errors import CalibrationError, NothingQuantizedError, SpecE
 from zeropoint.core.extras import require_extra
 from zeropoint.graph.capture import capture
 from zeropoint.graph.constants import mutated_attributes
-from zeropoint.graph.copies import copy_graph, restart
+from zeropoint.graph.copies import copy_graph, deep_copy, restart
 from zeropoint.graph.observers import has_observers
 from zeropoint.graph.train_eval import mode_of, move_exported_model_to_eval
 from zeropoint.numerics.sqnr import sqnr_db
@@ -35,6 +34,7 @@ from zeropoint.passes.canonicalize import canonicalize
 from zeropoint.passes.fold_batch_norm import fold_batch_norm
 from zeropoint.report.accuracy import AccuracyWork
 from zeropoint.report.coverage import quantized_count
+from zeropoint.report.ranges import ActivationRange, WatchedRun
 from zeropoint.report.record import record_of, refresh_biases, require_unprepared
 from zeropoint.report.stages import Progress, Stages
 from zeropoint.result import QuantizedModel
@@ -147,7 +147,7 @@ def quantize(
 
 def _in_eval_mode(captured: GraphModule) -> GraphModule:
     """Returns a copy that shares weights, in eval mode; one in train mode, which writes to its statistics, is whole."""
-    return move_exported_model_to_eval(copy.deepcopy(captured)) if mode_of(captured) else copy_graph(captured)
+    return move_exported_model_to_eval(deep_copy(captured)) if mode_of(captured) else copy_graph(captured)
 
 
 def _calibrate(
@@ -185,10 +185,10 @@ def _finish(
             verification = verify_file(lowered.pte, converted, compared, xnnpack.lower)
             restart(converted, float_model)
     with stages.stage("compare"):
-        float_sqnr = _float_sqnr(float_model, converted, compared)
+        float_sqnr, ranges = _float_sqnr(float_model, converted, compared)
     return QuantizedModel(
         converted, lowered.pte, record_of(converted), lowered.delegates, lowered.outside, float_sqnr, verification,
-        work, dict(stages.seconds), lowered.free, example_inputs, tuple(compared),
+        work, dict(stages.seconds), lowered.free, example_inputs, ranges, len(compared),
     )  # fmt: skip
 
 
@@ -210,10 +210,14 @@ def _convert(prepared: GraphModule, is_calibrated: bool) -> GraphModule:
         raise CalibrationError(what, where=error.where, remedy=remedy) from error
 
 
-def _float_sqnr(float_model: GraphModule, converted: GraphModule, batches: Sequence[tuple[Any, ...]]) -> float:
-    """Returns the lowest SQNR of the converted model against the float one, both run on copies of their buffers."""
-    models = copy_graph(float_model), copy_graph(converted)
-    return min(_compare(*models, inputs) for inputs in batches)
+def _float_sqnr(
+    float_model: GraphModule, converted: GraphModule, batches: Sequence[tuple[Any, ...]]
+) -> tuple[float, list[ActivationRange]]:
+    """Returns the lowest SQNR of the converted model against the float one, both run on copies of their buffers, and
+    the values that its activations had.
+    """
+    reference, watched = copy_graph(float_model), WatchedRun(copy_graph(converted))
+    return min(_compare(reference, watched, inputs) for inputs in batches), watched.seen()
 
 
 def _check_accuracy(accuracy: Sequence[str]) -> None:
@@ -298,6 +302,7 @@ def _require_quantized(prepared: GraphModule) -> None:
 
 
 @torch.no_grad()
-def _compare(reference: GraphModule, model: GraphModule, inputs: tuple[Any, ...]) -> float:
-    pairs = zip(pytree.tree_leaves(reference(*inputs)), pytree.tree_leaves(model(*inputs)), strict=True)
+@torch.no_grad()
+def _compare(reference: GraphModule, watched: WatchedRun, inputs: tuple[Any, ...]) -> float:
+    pairs = zip(pytree.tree_leaves(reference(*inputs)), pytree.tree_leaves(watched.run(*inputs)), strict=True)
     return min((sqnr_db(e, a) for e, a in pairs if is_float(e)), default=math.nan)

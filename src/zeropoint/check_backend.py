@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from zeropoint.core.errors import CalibrationError, SpecError
 from zeropoint.graph.attributes import get_attribute
 from zeropoint.graph.capture import capture_given, is_exported
 from zeropoint.graph.constants import constant_nodes
-from zeropoint.graph.copies import copy_graph
+from zeropoint.graph.copies import copy_graph, deep_copy
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.observers import has_observers, observer_of
 from zeropoint.numerics import ops
@@ -68,9 +67,9 @@ def check_backend(
 
 def _examine_prepared(prepared: GraphModule) -> BackendCheck:
     try:
-        return examine(convert_pt2e(copy.deepcopy(prepared)), ranges_are_known=True)
+        return examine(convert_pt2e(deep_copy(prepared)), ranges_are_known=True)
     except CalibrationError:
-        return _examine_uncalibrated(copy.deepcopy(prepared))
+        return _examine_uncalibrated(deep_copy(prepared))
 
 
 def _examine_uncalibrated(prepared: GraphModule) -> BackendCheck:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +21,7 @@ from zeropoint.graph.inputs import inputs_for
 from zeropoint.graph.observers import has_observers
 from zeropoint.report.benchmark import Benchmark
 from zeropoint.report.page import EXTRA, Facts, page
-from zeropoint.report.ranges import activation_ranges
+from zeropoint.report.ranges import ActivationRange, activation_ranges
 from zeropoint.report.record import record_of
 from zeropoint.report.site_table import Comparison
 from zeropoint.report.summary import decibels
@@ -69,8 +68,7 @@ def write_report(
     _check("benchmark", benchmark, Benchmark)
     _check("title", title, str)
     facts = _facts(result, title)
-    batches, words = _batches(result, data)
-    ranges = activation_ranges(copy_graph(facts.model), _fitting(facts.model, batches))
+    ranges, words = _known_ranges(result) if data is None else (_ranges_on(facts.model, data), "the data given")
     facts = replace(facts, comparison=comparison, benchmark=benchmark, ranges=ranges, ranges_of=words)
     return write_atomically(path, page(facts).encode())
 
@@ -110,18 +108,20 @@ def _facts(result: QuantizedModel | GraphModule, title: str) -> Facts:
     )  # fmt: skip
 
 
-def _batches(result: QuantizedModel | GraphModule, data: Any) -> tuple[Iterable[Any], str]:
-    """Returns the batches on which ranges are counted, and what they are."""
-    if isinstance(data, (str, bytes, torch.Tensor)) or not isinstance(data, (Iterable, NoneType)):
-        what = f"data is {type(data).__name__}, not an iterable of batches"
-        raise CalibrationError(what, where=WHERE, remedy="Give a list of tuples of inputs, or a DataLoader.")
-    if data is not None:
-        return data, "the data given"
+def _known_ranges(result: QuantizedModel | GraphModule) -> tuple[Sequence[ActivationRange], str]:
+    """Returns the ranges of activations that ``quantize`` saw, and on what."""
     if isinstance(result, GraphModule):
         return (), ""
-    count = len(result.compared)
-    calibrated = "the calibration batch" if count == 1 else f"the first {count} calibration batches"
-    return result.compared, calibrated if "calibrate" in result.stages_s else "the example inputs"
+    calibrated = "the calibration batch" if result.compared == 1 else f"the first {result.compared} calibration batches"
+    return result.ranges, calibrated if "calibrate" in result.stages_s else "the example inputs"
+
+
+def _ranges_on(model: GraphModule, data: Any) -> list[ActivationRange]:
+    """Returns the ranges of activations on a user's batches."""
+    if isinstance(data, (str, bytes, torch.Tensor)) or not isinstance(data, Iterable):
+        what = f"data is {type(data).__name__}, not an iterable of batches"
+        raise CalibrationError(what, where=WHERE, remedy="Give a list of tuples of inputs, or a DataLoader.")
+    return activation_ranges(copy_graph(model), _fitting(model, data))
 
 
 def _fitting(model: GraphModule, batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:

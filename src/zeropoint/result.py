@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from zeropoint.core.files import write_atomically
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
 from zeropoint.report.accuracy import AccuracyWork, accuracy_line
 from zeropoint.report.coverage import CoverageRow
+from zeropoint.report.ranges import ActivationRange
 from zeropoint.report.record import Record
 from zeropoint.report.speed import speed_note, work_of
 from zeropoint.report.summary import bias_lines, coverage_lines, decibels, size_line
@@ -40,7 +42,8 @@ class QuantizedModel:
         stages_s: seconds that each stage took.
         free: the largest size of each axis of an input that is free in the file, by ``input[axis]``.
         example_inputs: the positional inputs that ``quantize`` was given.
-        compared: the batches of the comparison with the float model.
+        ranges: what activations held before they were quantized, on those batches.
+        compared: how many batches those are.
         training: which of the trained model and the one before is kept, and how both were measured; None: not trained.
     """
 
@@ -55,7 +58,8 @@ class QuantizedModel:
     stages_s: dict[str, float]
     free: tuple[tuple[str, int], ...] = ()
     example_inputs: tuple[Any, ...] = field(default=(), repr=False, compare=False)
-    compared: tuple[tuple[Any, ...], ...] = field(default=(), repr=False, compare=False)
+    ranges: Sequence[ActivationRange] = field(default=(), repr=False, compare=False)
+    compared: int = 0
     training: Training | None = None
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from torch.fx import GraphModule
 from zeropoint.annotate.quantizer import Quantizer
 from zeropoint.core.errors import GraphError, NonFiniteError, SpecError, VerificationError
 from zeropoint.graph.capture import capture_for_training
-from zeropoint.graph.copies import restart
+from zeropoint.graph.copies import deep_copy, restart
 from zeropoint.graph.devices import device_of
 from zeropoint.graph.observers import is_fake_quantizer
 from zeropoint.graph.within import graphs_within
@@ -128,7 +127,7 @@ def convert_checked(trained: GraphModule, inputs: tuple[Any, ...]) -> tuple[Grap
         VerificationError: a site differs by more; names the first.
         ComparisonError: the fake quantizers are switched off.
     """
-    converted = convert_pt2e(copy.deepcopy(trained))
+    converted = convert_pt2e(deep_copy(trained))
     check = check_convert(trained, converted, inputs)
     first = check.first
     if first is not None:
@@ -189,7 +188,7 @@ def _measure(
         float_model, batches = reference
         return fit_to(float_model, model, batches)
     with torch.no_grad():
-        value = evaluate(copy.deepcopy(model))
+        value = evaluate(deep_copy(model))
     if isinstance(value, (str, bytes)):
         return _refuse(value)
     try:

@@ -70,8 +70,8 @@ def test_a_convolution_has_one_scale():
 
 
 def test_a_table_that_stays_float_says_how_it_would_not():
-    module = nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 8)).eval()
-    inputs = (torch.randint(0, 50, (2, 7)),)
+    module = nn.Sequential(nn.Embedding(500, 64), nn.Linear(64, 8)).eval()
+    inputs = (torch.randint(0, 500, (2, 7)),)
     result = zp.quantize(module, inputs, quantizer=dynamic(), verify=False)
     (row,) = (row for row in result.coverage if not row.is_quantized)
     assert row.reason.endswith("EmbeddingQuantizer, composed with this quantizer, keeps it in bytes")
@@ -79,7 +79,8 @@ def test_a_table_that_stays_float_says_how_it_would_not():
     smaller = zp.quantize(
         module, inputs, quantizer=zp.ComposableQuantizer([dynamic(), zp.EmbeddingQuantizer()]), verify=False
     )
-    assert len(smaller.pte) < len(result.pte) - 50 * 64 * 2
+    assert 500 * 64 * 2 < len(result.pte) < 500 * 64 * 2.3  # float16
+    assert len(smaller.pte) < len(result.pte) - 500 * 64 * 0.8  # int8, and a scale for each row
 
 
 def test_a_static_configuration_without_data_is_refused_where_it_measures():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from zeropoint.core.arguments import require_bool
 from zeropoint.core.errors import CaptureError, SpecError
+from zeropoint.graph.copies import deep_copy
 from zeropoint.graph.train_eval import SwitchedModule
 
 
@@ -81,10 +81,10 @@ def capture_for_training(
         try:
             with _in_train_mode(model), torch.no_grad():
                 exported = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
-            return copy.deepcopy(exported.module())  # type: ignore[return-value]
+            return deep_copy(exported.module())  # type: ignore[return-value]
         except Exception:  # What export raises is of no one kind; in eval mode it is raised again, or does not matter.
             logging.getLogger(__name__).debug("export in train mode failed", exc_info=True)
-    return copy.deepcopy(capture(model, example_inputs, dynamic_shapes=dynamic_shapes))
+    return deep_copy(capture(model, example_inputs, dynamic_shapes=dynamic_shapes))
 
 
 def _check_not_given(model: object, dynamic_shapes: Any, strict: bool) -> None:

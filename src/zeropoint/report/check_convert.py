@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from zeropoint.core.dtypes import FLOAT_DTYPES, plain_dtype
 from zeropoint.core.errors import ComparisonError
 from zeropoint.graph.bind import reads
 from zeropoint.graph.constants import constant_nodes
-from zeropoint.graph.copies import copied
+from zeropoint.graph.copies import copied, deep_copy
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.inputs import inputs_for
 from zeropoint.graph.observers import has_observers, is_fake_quantizer, observer_of
@@ -129,7 +128,7 @@ def check_convert(prepared: nn.Module, converted: nn.Module, inputs: Any) -> Con
     values = inputs_for(trained, inputs, WHERE)
     reference = PreparedRun(_in_eval_mode(trained))
     expected = _run(reference, values)
-    free, own = (ConvertedRun(copy.deepcopy(result), reference.values, in_place) for in_place in (False, True))
+    free, own = (ConvertedRun(deep_copy(result), reference.values, in_place) for in_place in (False, True))
     outputs = (_run(free, values), _run(own, values))
     sites = tuple(_site(name, node, free, own) for node, name in _site_names(trained, reference.values))
     return ConvertCheck(sites, tuple(_outputs(expected, *outputs)), tuple(_notes(trained)))
@@ -184,7 +183,7 @@ def _require_sites(model: GraphModule) -> None:
 
 def _in_eval_mode(model: GraphModule) -> GraphModule:
     """Returns a copy in eval mode that rounds with the scales it has."""
-    copied = move_exported_model_to_eval(copy.deepcopy(model))
+    copied = move_exported_model_to_eval(deep_copy(model))
     for _, observer in _observers(copied):
         if is_fake_quantizer(observer) and not getattr(observer, "is_dynamic", False) and not saw_nothing(observer):
             observer.disable_observer()

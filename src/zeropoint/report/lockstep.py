@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable, Collection
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 from zeropoint.graph.attributes import get_attribute
 from zeropoint.graph.compat import OpOverload
 from zeropoint.graph.constants import constant_nodes, evaluate, mutated_attributes
+from zeropoint.graph.copies import deep_copy
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.schema import schema_of
 from zeropoint.numerics import ops
@@ -234,7 +234,7 @@ def _last_reads(nodes: Collection[Node]) -> dict[Node, list[Node]]:
 
 def _without_quantization(body: GraphModule) -> GraphModule:
     """Returns a copy of a body of control flow in which nothing is rounded but its constants."""
-    copied = copy.deepcopy(body)
+    copied = deep_copy(body)
     for node in list(copied.graph.nodes):
         quantized = node.args[0] if is_dequantize(node) else None
         if isinstance(quantized, Node) and is_quantize(quantized):

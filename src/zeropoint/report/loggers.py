@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.fx import GraphModule, Node
 from zeropoint.core.errors import CaptureError
 from zeropoint.graph.attributes import Names
 from zeropoint.graph.compat import is_tensor_list, is_tensor_value
+from zeropoint.graph.copies import deep_copy
 from zeropoint.graph.origin import NodeSourceDebugInfo, debug_info
 from zeropoint.numerics import ops
 
@@ -84,7 +84,7 @@ def prepare_for_propagation_comparison(model: GraphModule) -> GraphModule:
     if not isinstance(model, GraphModule):
         remedy = "Export it: torch.export.export(model, example_inputs).module()."
         raise CaptureError(f"got {type(model).__name__}, not a graph module", remedy=remedy)
-    logged = copy.deepcopy(model)
+    logged = deep_copy(model)
     names = Names(logged)
     sites = recorded_nodes(logged)
     if not sites:

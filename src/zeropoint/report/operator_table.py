@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from zeropoint.graph.bind import bind, reads
 from zeropoint.graph.capture import require_exported
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.constants import constant_nodes
+from zeropoint.graph.copies import deep_copy
 from zeropoint.graph.graph_pass import bodies, graphs_of
 from zeropoint.graph.layers import CLAMPS
 from zeropoint.graph.observers import has_observers
@@ -65,7 +65,7 @@ def summary(converted: GraphModule) -> str:
     """
     _check_form(converted)
     if any(bodies(converted)):  # What bodies read is among the operands of their call, where it is hard to find.
-        converted = copy.deepcopy(converted)
+        converted = deep_copy(converted)
         bring_in_parameters(converted)
     seen: set[int] = set()
     rows = [row for model in graphs_of(converted) for row in _rows(model, converted, seen)]

@@ -84,20 +84,24 @@ def activation_ranges(converted: GraphModule, batches: Iterable[tuple[Any, ...]]
         converted: it is run once for each batch; where it writes to buffers, give a copy.
         batches: positional inputs. Memory does not grow with their number.
     """
-    watching = _Watching(converted)
+    watched = WatchedRun(converted)
     for inputs in batches:
-        watching.run(*inputs)
-    return [found for found in watching.ranges.values() if found.total]
+        watched.run(*inputs)
+    return watched.seen()
 
 
-class _Watching(Interpreter):
-    """Runs a graph and counts what its quantize operators of fixed scales read."""
+class WatchedRun(Interpreter):
+    """Runs a converted graph, and counts what its quantize operators of fixed scales read: ``seen``."""
 
     def __init__(self, model: GraphModule) -> None:
         super().__init__(model)
         constants = constant_nodes(model)
         quantizes = [n for n in model.graph.nodes if n.target is ops.QUANTIZE_PER_TENSOR and n not in constants]
         self.ranges = {node: _range_of(node) for node in quantizes}
+
+    def seen(self) -> list[ActivationRange]:
+        """Returns the values of each activation that has a fixed range, in the order of the graph."""
+        return [found for found in self.ranges.values() if found.total]
 
     def run_node(self, n: Node) -> Any:
         found = self.ranges.get(n)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from zeropoint.graph.attributes import get_attribute
 from zeropoint.graph.bind import Site, bind, reads
 from zeropoint.graph.constants import FLOAT_PATH_KEY, constant_nodes, evaluate, mutated_attributes
 from zeropoint.graph.control_flow import is_control_flow
-from zeropoint.graph.copies import copy_graph
+from zeropoint.graph.copies import copy_graph, deep_copy
 from zeropoint.graph.layers import scale_inputs, scale_outputs
 from zeropoint.graph.source import describe
 from zeropoint.passes.canonicalize import canonicalize
@@ -39,7 +38,7 @@ def with_values(model: GraphModule, inputs: tuple[Any, ...]) -> GraphModule:
     """Returns the model, or a copy where nodes have no example value: torchao's convert gives what it inserts none."""
     if all("val" in node.meta for node in model.graph.nodes if node.op == "call_function"):
         return model
-    copied = copy.deepcopy(model)
+    copied = deep_copy(model)
     start = {path: get_attribute(copied, path).clone() for path in mutated_attributes(copied.graph)}
     with torch.no_grad():
         _Recorder(copied).run(*pytree.tree_leaves(pytree.tree_map_only(torch.Tensor, torch.clone, inputs)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Container, Iterable, Sequence
 
@@ -11,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from zeropoint.graph.chains import ancestors, sole_reader
 from zeropoint.graph.compat import return_tuple
+from zeropoint.graph.copies import deep_copy
 from zeropoint.graph.graph_pass import remove_dead_code
 from zeropoint.graph.layers import CLAMPS
 from zeropoint.numerics import ops
@@ -90,7 +90,7 @@ def output_quantize(node: Node) -> Node | None:
 
 def beginning(converted: GraphModule, names: Sequence[str]) -> GraphModule:
     """Returns a copy of the model that returns a tuple of the nodes of these names, with their q/dq where they have."""
-    part = copy.deepcopy(converted)
+    part = deep_copy(converted)
     by_name = {node.name: node for node in part.graph.nodes}
     output = next(node for node in part.graph.nodes if node.op == "output")
     output.args = (tuple(_with_q_and_dq(by_name[name], output) for name in names),)

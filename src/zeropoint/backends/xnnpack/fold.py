@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 from torch.fx import GraphModule, Node
@@ -17,6 +16,7 @@ from zeropoint.backends.xnnpack.table import TABLE
 from zeropoint.graph.bind import reads
 from zeropoint.graph.chains import sole_reader
 from zeropoint.graph.constants import constant_nodes
+from zeropoint.graph.copies import deep_copy
 from zeropoint.graph.graph_pass import remove_dead_code
 from zeropoint.graph.layers import CLAMPS, LAYERS
 from zeropoint.numerics import ops
@@ -65,7 +65,7 @@ def _computing(model: GraphModule, constants: set[Node]) -> Iterator[Node]:
 
 def _annotated(model: GraphModule) -> GraphModule:
     """Returns a copy without quantization of activations, in which the nodes have the decisions of the table."""
-    bare = GraphModule(model, copy.deepcopy(model.graph))
+    bare = GraphModule(model, deep_copy(model.graph))
     for node in bare.graph.nodes:
         for key in (Q_ANNOTATION_KEY, DECISION_KEY):
             node.meta.pop(key, None)

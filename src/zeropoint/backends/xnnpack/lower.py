@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -23,8 +22,10 @@ from zeropoint.backends.xnnpack.transform import TO_LOWER, spell
 from zeropoint.core.errors import LoweringError
 from zeropoint.core.extras import import_extra
 from zeropoint.core.policy import RECORD_KEY
+from zeropoint.core.quiet import quiet_tree_specs
 from zeropoint.graph.capture import capture, require_exported
 from zeropoint.graph.compat import is_tensor_value, largest_size
+from zeropoint.graph.copies import deep_copy
 from zeropoint.graph.emit import complete_values
 from zeropoint.graph.graph_pass import recompile
 from zeropoint.graph.inputs import free_axes, free_sizes, inputs_for, with_free_sizes
@@ -91,7 +92,7 @@ def repaired(converted: GraphModule) -> GraphModule:
     Raises:
         LoweringError: it is not converted, or was annotated for another backend.
     """
-    model = copy.deepcopy(require_exported(converted))
+    model = deep_copy(require_exported(converted))
     _check_made_for(model)
     _check_converted(model)
     complete_values(model)
@@ -104,7 +105,7 @@ def repaired(converted: GraphModule) -> GraphModule:
 
 def lower_float(model: nn.Module, example_inputs: tuple[Any, ...], *, dynamic_shapes: Any = None) -> LoweredProgram:
     """Returns the ``.pte`` file of a model as it is, in float: what a quantized one is compared with."""
-    captured = copy.deepcopy(capture(model, example_inputs, dynamic_shapes=dynamic_shapes))
+    captured = deep_copy(capture(model, example_inputs, dynamic_shapes=dynamic_shapes))
     spell(captured, TO_LOWER)
     return _lower(captured, inputs_for(captured, example_inputs, EXAMPLES), dynamic_shapes)
 
@@ -179,14 +180,15 @@ def _delegated(exported: ExportedProgram, **settings: Any) -> LoweredProgram:
     exir = import_extra("executorch.exir", "executorch")
     partition = import_extra("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
     configs = import_extra("executorch.backends.xnnpack.utils.configs", "executorch")
-    program = exir.to_edge_transform_and_lower(
-        exported,
-        partitioner=[partition.XnnpackPartitioner(**settings)],
-        transform_passes=configs.get_transform_passes([edge.repair_program]),
-    )
+    with quiet_tree_specs():
+        program = exir.to_edge_transform_and_lower(
+            exported,
+            partitioner=[partition.XnnpackPartitioner(**settings)],
+            transform_passes=configs.get_transform_passes([edge.repair_program]),
+        )
     _keep_beginnings(program.exported_program())
     delegates, outside = _whereabouts(program.exported_program())
-    with warnings.catch_warnings():
+    with quiet_tree_specs(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mutation on a buffer")  # It says to do what is done here.
         pte = bytes(program.to_executorch().buffer)
     return LoweredProgram(pte, delegates, outside, _free(exported))
