@@ -5,6 +5,7 @@ A page of 4 kB takes 0.2 us to come by, on a virtual machine 5 us: six times as 
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -40,7 +41,8 @@ def scratch(size: int, dtype: torch.dtype) -> torch.Tensor:
 class LateWrites:
     """Fresh tensors, written at the end of a block; meanwhile another thread writes zeros to them.
 
-    Then their pages are there when they are written. One call zeroes all of them, since that runs beside Python.
+    Then their pages are there when they are written. That thread calls no operator of torch: OpenMP would start as many
+    threads for it as there are processors, beside those of the caller, and both would wait for each other.
     """
 
     def __init__(self) -> None:
@@ -68,9 +70,15 @@ class LateWrites:
         """Lets another thread zero the tensors made so far, where they are worth it."""
         tensors, self._untouched = self._untouched, []
         if sum(tensor.nbytes for tensor in tensors) >= WORTH_A_THREAD:
-            self._threads.append(threading.Thread(target=torch.ops.aten._foreach_zero_.default, args=(tensors,)))
+            self._threads.append(threading.Thread(target=_zero, args=(tensors,)))
             self._threads[-1].start()
 
     def write(self, function: Callable[[], None]) -> None:
         """Has a function called at the end of the block."""
         self._writes.append(function)
+
+
+def _zero(tensors: Sequence[torch.Tensor]) -> None:
+    """Zeroes contiguous CPU tensors, and lets Python run beside it."""
+    for tensor in tensors:
+        ctypes.memset(tensor.data_ptr(), 0, tensor.nbytes)

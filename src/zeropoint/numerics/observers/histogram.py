@@ -38,7 +38,6 @@ SHRINK = 2.0**-32
 """What wide ranges are multiplied by before their values are counted: a power of 2, so that nothing is rounded."""
 
 Range = tuple[torch.Tensor, torch.Tensor]
-Counts = np.ndarray[tuple[int, int], np.dtype[np.int64]]
 
 
 class StreamingHistogram(UniformQuantizationObserverBase):
@@ -175,22 +174,17 @@ def count(x: torch.Tensor, bins: int, low: float, high: float) -> torch.Tensor:
 
 
 def _count_in_pieces(x: torch.Tensor, bins: int, low: float, high: float) -> torch.Tensor:
-    if x.numel() <= PIECE:
-        counts = _count_in_lanes(x, bins, low, high)
-    else:
-        counts = np.sum([_count_in_lanes(piece, bins, low, high) for piece in x.split(PIECE)], axis=0)
-    counts[:, bins - 1] += counts[:, bins]
-    return torch.from_numpy(counts[:, :bins].sum(0).astype(np.float32))
-
-
-def _count_in_lanes(x: torch.Tensor, bins: int, low: float, high: float) -> Counts:
-    """Returns the counts of each lane, ``(lanes, bins + 1)``; in the last bin those of ``high`` itself."""
     lanes = LANES if LANES * (bins + 1) <= torch.iinfo(torch.int16).max else 1
-    index = scratch(x.numel(), torch.int16 if lanes > 1 else torch.int32)
-    index.copy_(_places(x, bins, low, high))
-    if lanes > 1:
-        _spread(index, bins + 1)
-    return torch.bincount(index, minlength=lanes * (bins + 1)).numpy().reshape(lanes, bins + 1)
+    counts = torch.zeros(lanes * (bins + 1), dtype=torch.int64)
+    for piece in x.split(PIECE):
+        index = scratch(piece.numel(), torch.int16 if lanes > 1 else torch.int32)
+        index.copy_(_places(piece, bins, low, high))
+        if lanes > 1:
+            _spread(index, bins + 1)
+        counts.add_(torch.bincount(index, minlength=len(counts)))
+    total = counts.view(lanes, bins + 1).sum(0)
+    total[bins - 1] += total[bins]  # What ``high`` itself is counted in.
+    return total[:bins].float()
 
 
 def _places(x: torch.Tensor, bins: int, low: float, high: float) -> torch.Tensor:
