@@ -82,6 +82,35 @@ def test_the_gradient_passes_where_nothing_was_clamped():
     assert x.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
 
 
+class ClampedObserver(MovingAverageMinMaxObserver):
+    """A user's own: looks at another tensor than it is called with."""
+
+    def forward(self, x):
+        super().forward(x.clamp(-1, 1))
+        return x
+
+
+class PercentileObserver(MovingAverageMinMaxObserver):
+    def batch_range(self, x):
+        return torch.quantile(x, 0.25), torch.quantile(x, 0.75)
+
+
+@pytest.mark.parametrize("observer", [ClampedObserver, PercentileObserver])
+def test_values_beyond_the_range_of_an_observer_of_ones_own_are_clamped(observer):
+    settings = {"dtype": torch.int8, "quant_min": -128, "quant_max": 127, "qscheme": torch.per_tensor_affine}
+    fake = FakeQuantize(observer=observer, **settings)
+    x = torch.linspace(-4, 4, 2**17).requires_grad_()
+    observed = fake(x)
+    observed.sum().backward()
+    reference = x.detach().clone().requires_grad_()
+    arguments = (fake.scale.item(), fake.zero_point.item(), -128, 127)
+    expected = torch.fake_quantize_per_tensor_affine(reference, *arguments)
+    expected.sum().backward()
+    assert torch.equal(observed, expected)
+    assert torch.equal(x.grad, reference.grad)
+    assert observed.max() < 2.5
+
+
 @pytest.mark.parametrize("ch_axis", [0, 1, 2, -1])
 @pytest.mark.parametrize("kind", [FakeQuantize, FusedMovingAvgObsFakeQuantize])
 def test_the_channel_axis_is_honoured(kind, ch_axis):

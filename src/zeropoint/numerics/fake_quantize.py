@@ -142,7 +142,8 @@ class FakeQuantize(FakeQuantizeBase):
         if self.observer_enabled.item():
             self.activation_post_process(x.detach())
             self._take_observed()
-            known = getattr(self.activation_post_process, "last", None)
+            last_range = getattr(self.activation_post_process, "last_range", None)
+            known = None if last_range is None else last_range()
         return self._round(x, known) if self.fake_quant_enabled.item() else x
 
     def _round(self, x: torch.Tensor, known: Known | None) -> torch.Tensor:

@@ -25,7 +25,7 @@ class _RangeObserver(UniformQuantizationObserverBase):
     min_val: torch.Tensor
     max_val: torch.Tensor
     last: tuple[float, float] | None = None
-    """Smallest and largest value of the tensor observed last, of an observer of whole tensors."""
+    """Ends of ``batch_range`` of the tensor observed last, of an observer of whole tensors."""
 
     def observe(self, x: torch.Tensor) -> None:
         self._take(*self.batch_range(x))
@@ -66,6 +66,14 @@ class _RangeObserver(UniformQuantizationObserverBase):
         """
         return self._calculate_qparams(self.min_val, self.max_val)
 
+    def last_range(self) -> tuple[float, float] | None:
+        """Returns the smallest and largest value of the tensor that was observed last.
+
+        None where that is not known: a class of the user's may observe another tensor than it is called with.
+        """
+        is_ours = all(getattr(type(self), name) is getattr(MinMaxObserver, name) for name in _LOOKS)
+        return self.last if is_ours else None
+
     def qparams_in_numbers(self) -> tuple[float, int] | None:
         """Returns what ``calculate_qparams`` does, faster; None where they are many, or not of the usual size."""
         is_ours = all(getattr(type(self), name) is getattr(_RangeObserver, name) for name in _QPARAMS)
@@ -84,6 +92,7 @@ class _RangeObserver(UniformQuantizationObserverBase):
         self.max_val.fill_(-torch.inf)
 
 
+_LOOKS = ("forward", "observe", "batch_range")
 _QPARAMS = ("calculate_qparams", "_calculate_qparams", "qparams_of_range")
 
 
