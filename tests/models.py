@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
+
+from zeropoint.graph.copies import deep_copy
 
 Model = tuple[nn.Module, tuple[torch.Tensor, ...]]
 
@@ -201,7 +202,7 @@ def _export(build: Callable[..., Model], arguments: tuple[object, ...], strict: 
 
 def exported(build: Callable[..., Model], *arguments: object, strict: bool = False) -> GraphModule:
     """Returns a fresh copy of the exported model; the export itself is made once per session."""
-    return copy.deepcopy(_export(build, arguments, strict))
+    return deep_copy(_export(build, arguments, strict))
 
 
 def export(module: nn.Module, *inputs: torch.Tensor) -> GraphModule:

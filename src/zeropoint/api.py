@@ -24,11 +24,10 @@ from zeropoint.core.arguments import require_bool
 from zeropoint.core.dtypes import is_float
 from zeropoint.core.errors import CalibrationError, NothingQuantizedError, SpecError
 from zeropoint.core.extras import require_extra
-from zeropoint.graph.capture import capture
+from zeropoint.graph.capture import capture_in_eval_mode
 from zeropoint.graph.constants import mutated_attributes
-from zeropoint.graph.copies import copy_graph, deep_copy, restart
+from zeropoint.graph.copies import copy_graph, restart
 from zeropoint.graph.observers import has_observers
-from zeropoint.graph.train_eval import mode_of, move_exported_model_to_eval
 from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.passes.canonicalize import canonicalize
 from zeropoint.passes.fold_batch_norm import fold_batch_norm
@@ -114,9 +113,8 @@ def quantize(
         require_bool("progress", progress, "quantize")
     stages = Stages(progress)
     with stages.stage("export"):
-        captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
-        require_unprepared(captured, "quantize")
-        float_model = _in_eval_mode(captured)
+        float_model = capture_in_eval_mode(model, example_inputs, dynamic_shapes=dynamic_shapes)
+        require_unprepared(float_model, "quantize")
     trainable = None
     if train is not None:
         with stages.stage("prepare training"):
@@ -143,11 +141,6 @@ def quantize(
     if trainable is None or train is None:
         return result
     return train_from(result, trainable, train, evaluate, (float_model, data.kept), finish, stages)
-
-
-def _in_eval_mode(captured: GraphModule) -> GraphModule:
-    """Returns a copy that shares weights, in eval mode; one in train mode, which writes to its statistics, is whole."""
-    return move_exported_model_to_eval(deep_copy(captured)) if mode_of(captured) else copy_graph(captured)
 
 
 def _calibrate(
@@ -301,7 +294,6 @@ def _require_quantized(prepared: GraphModule) -> None:
         raise NothingQuantizedError(f"no operator is quantized: {reasons}", where="quantize")
 
 
-@torch.no_grad()
 @torch.no_grad()
 def _compare(reference: GraphModule, watched: WatchedRun, inputs: tuple[Any, ...]) -> float:
     pairs = zip(pytree.tree_leaves(reference(*inputs)), pytree.tree_leaves(watched.run(*inputs)), strict=True)

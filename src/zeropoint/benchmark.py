@@ -14,7 +14,7 @@ from zeropoint.backends.xnnpack import LoweredProgram
 from zeropoint.core.arguments import require_integer
 from zeropoint.core.errors import SpecError
 from zeropoint.core.processor import integer_dot_product
-from zeropoint.graph.capture import capture, is_exported, require_exported
+from zeropoint.graph.capture import capture_in_eval_mode, is_exported, require_exported
 from zeropoint.graph.inputs import free_sizes, inputs_for, with_free_sizes
 from zeropoint.report.benchmark import Benchmark, FileFigures
 from zeropoint.report.borders import borders_of
@@ -84,10 +84,8 @@ def _inputs(quantized: Any, model: GraphModule, given: tuple[Any, ...] | None) -
 
 def _lower_float(float_model: Any, model: GraphModule, inputs: tuple[Any, ...]) -> LoweredProgram:
     """Returns the float file, with the sizes free that are free in the quantized model."""
-    if isinstance(float_model, (ExportedProgram, GraphModule)) and (
-        isinstance(float_model, ExportedProgram) or is_exported(float_model)
-    ):
-        captured = capture(float_model, inputs)
+    if isinstance(float_model, ExportedProgram) or is_exported(float_model):
+        captured = capture_in_eval_mode(float_model, inputs)
         require_unprepared(captured, WHERE)
         return xnnpack.lower_float(captured, inputs)
     return xnnpack.lower_float(float_model, with_free_sizes(model, inputs), dynamic_shapes=free_sizes(model, inputs))

@@ -34,6 +34,17 @@ def build():
     layers = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
     return nn.Sequential(*layers), (torch.randn(1, 3, 8, 8),)
 
+class Classes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = build()[0]
+
+    def forward(self, x):
+        return self.layers(x).argmax(1)
+
+def classes():
+    return Classes(), (torch.randn(1, 3, 8, 8),)
+
 def batches():
     print("printed by the model's own code")
     for _ in range(6):
@@ -240,6 +251,49 @@ def test_pictures_in_folders_of_classes(folder):
     torch.testing.assert_close(first[0][0], torch.from_numpy(expected.transpose(2, 0, 1).copy()).float())
     assert data.class_names == ("ant", "bee", "cat")
     assert sorted(label for batch in data.classes for label in batch) == [0, 1, 2]
+
+
+def test_pictures_of_16_bits_are_refused(folder):
+    Path("pictures").mkdir()
+    Image.fromarray(np.full((8, 8), 1000, dtype=np.uint16)).save("pictures/1.png")
+    message = run("quantize", "model.pt2", "--data", "pictures", "-o", "out", code=1).stderr
+    assert "its values are no bytes (mode I;16)" in message
+
+
+def test_an_accuracy_that_cannot_be_measured_is_not_reached(folder):
+    arguments = ("quantize", "user_model:classes", "--data", "user_model:batches", "-o", "out", "--min-sqnr", "20")
+    assert "the model has no float output" in run(*arguments, code=3).stderr
+    assert "no float output" in run(*arguments[:-2], "--force").stdout
+
+
+def test_a_program_that_was_exported_in_train_mode_is_compared_in_eval_mode(folder):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(144, 3)
+    module, x = nn.Sequential(*layers), torch.randn(2, 3, 8, 8)
+    torch.export.save(torch.export.export(module.train(), (x,)), "trained.pt2")
+    found = json.loads(run("quantize", "trained.pt2", "--data", "data.npz", "-o", "out", "--json").stdout)
+    assert found["compared"]["sqnr_db"] > 25
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_an_interruption_between_two_renames_keeps_the_old_folder(folder, monkeypatch, fails_at):
+    from zeropoint.cli.output_folder import written_whole
+
+    Path("out").mkdir()
+    Path("out/model.pte").write_text("old")
+    rename, calls = Path.rename, []
+
+    def interrupted(path, target):
+        calls.append(path)
+        if len(calls) == fails_at:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), written_whole(Path("out")) as temporary:
+        (temporary / "model.pte").write_text("new")
+    assert Path("out/model.pte").read_text() == "old"
+    assert [name for name in os.listdir() if "out" in name] == ["out"]
 
 
 def started(*arguments: str) -> subprocess.Popen[str]:

@@ -6,11 +6,16 @@ import math
 import pytest
 import torch
 from models import called_twice, counter
+from quantizers import ByHand
 from torch import nn
 
 import zeropoint as zp
 from zeropoint.backends.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config
 from zeropoint.core.errors import CalibrationError, ComparisonError, NonFiniteError
+from zeropoint.numerics.granularity import PerBlock, PerTensor
+from zeropoint.numerics.mapping import MappingType
+from zeropoint.numerics.observers import AffineQuantizedMinMaxObserver
+from zeropoint.report.cures import Cure
 
 
 def quantizer(**options):
@@ -140,6 +145,72 @@ def test_other_models(build):
     found = zp.compare(model, quantized(model, data, quantizer()), data)
     assert found.sites
     assert str(found)
+
+
+class Scalar(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        hidden = self.first(x).relu()
+        return self.second(hidden), hidden.mean()
+
+
+def test_an_operator_that_returns_one_value():
+    torch.manual_seed(0)
+    model = Scalar().eval()
+    found = zp.compare(model, quantized(model, DATA, quantizer()), DATA)
+    (row,) = [row for row in found.nodes if row.operator == "mean"]
+    assert row.sqnr_db > 30
+    assert sum(row.noise for row in found.sites) == pytest.approx(1)
+
+
+def test_a_float_model_that_was_exported_in_train_mode():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Conv2d(4, 2, 1))
+    exported = torch.export.export(model.train(), DATA[0])
+    before = {name: value.clone() for name, value in exported.state_dict.items()}
+    result = zp.quantize(exported, DATA[0], DATA, verify=False)
+    assert zp.compare(exported, result, DATA, measure=0).sqnr_db > 25
+    assert zp.bench(exported, result, runs=1, warmup=0).ratio > 0
+    assert all(torch.equal(value, before[name]) for name, value in exported.state_dict.items())
+
+
+def test_a_scale_for_each_block():
+    affine = {"target_dtype": torch.int8, "mapping_type": MappingType.SYMMETRIC, "quant_min": -128, "quant_max": 127}
+
+    def annotated(model):
+        (node,) = [node for node in model.graph.nodes if node.target is torch.ops.aten.linear.default]
+        kinds = PerTensor(), PerBlock((2, 4))
+        specs = [
+            zp.QuantizationSpec(torch.int8, AffineQuantizedMinMaxObserver.with_args(granularity=kind, **affine))
+            for kind in kinds
+        ]
+        reads = dict(zip(node.args[:2], specs, strict=True))
+        node.meta["quantization_annotation"] = zp.QuantizationAnnotation(input_qspec_map=reads, _annotated=True)
+
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(8, 6)).eval(), [(torch.randn(4, 8),) for _ in range(3)]
+    found = zp.compare(model, quantized(model, data, ByHand(annotated)), data, measure=0)
+    (row,) = [row for row in found.sites if row.kind == "weight"]
+    blocks = model[0].weight.detach().reshape(3, 2, 2, 4).abs().amax((1, 3)).flatten()
+    torch.testing.assert_close(torch.tensor(row.scale), blocks / 127.5)
+    assert 0.4 < row.largest_error_steps < 0.51
+
+
+def test_a_cure_keeps_what_the_rules_say_of_the_module():
+    cure = Cure("per_channel", ("encoder.0",), (), 1.0, 0, 1.0)
+    training = get_symmetric_quantization_config(is_qat=True)
+    rules = cure.apply(XNNPACKQuantizer().set_module_name("enc*", training)).rules
+    config = rules.by_module_name["encoder.0"]
+    assert config.is_qat
+    assert config.input_activation == training.input_activation
+    weight = config.weight.observer_or_fake_quant_ctr()
+    assert config.weight.qscheme == torch.per_channel_symmetric
+    assert hasattr(weight, "fake_quant_enabled")
+    with pytest.raises(ComparisonError, match="no configuration"):
+        cure.apply(XNNPACKQuantizer().set_module_name("decoder", training))
 
 
 def test_were_there_enough_samples():

@@ -241,3 +241,60 @@ def test_many_layers_are_few_lines():
     text = str(zp.explain(nn.Sequential(*layers), quantizer(), (torch.randn(1, 4),)))
     assert len(text.splitlines()) < 12
     assert "in {0..59}" in text
+
+
+def test_a_part_has_the_groups_of_its_nodes_by_their_numbers(branches):
+    module, inputs = branches
+    explanation = zp.explain(module, quantizer(), inputs)
+    part = explanation["wide"]
+    numbers = {tensor.group for node in part for tensor in (*node.inputs, node.output)} - {None}
+    assert numbers
+    assert all(part.group(number) == explanation.group(number) for number in numbers)
+    (other, *_) = {group.number for group in explanation.groups} - numbers
+    with pytest.raises(UnknownNameError, match=f"there is no group {other}"):
+        part.group(other)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.cat([self.first(x).masked_fill(x > 0, -torch.inf), self.second(x)], -1).reshape(-1, 16)
+
+
+def test_a_range_without_end_is_none_in_json():
+    torch.manual_seed(0)
+    inputs = (torch.randn(4, 8),)
+    explanation = zp.explain(Masked().eval(), quantizer(), inputs, calibration_data=[inputs])
+    members = [member for group in json.loads(explanation.to_json())["groups"] for member in group["members"]]
+    (low,) = [member["low"] for member in members if member["tensor"] == "masked_fill"]
+    assert low is None
+
+
+class Branching(nn.Module):
+    """Both branches and the model have operators of the same names; the model's alone can be measured."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        def same(h):
+            return torch.cat([self.second(h), h], 1).relu()
+
+        def other(h):
+            return torch.cat([self.second(h), -h], 1).relu()
+
+        chosen = torch.cond(x.sum() > 0, same, other, (x,))
+        return torch.cat([self.first(x), x], 1).relu() + chosen
+
+
+def test_ranges_are_of_the_model_and_not_of_bodies_with_the_same_names():
+    torch.manual_seed(0)
+    inputs = (torch.randn(2, 4, 4, 4),)
+    explanation = zp.explain(Branching().eval(), quantizer(), inputs, calibration_data=[inputs])
+    lows = [member.low for group in explanation.groups for member in group.members if member.tensor == "cat"]
+    assert len(lows) == 3
+    assert [low is None for low in lows].count(True) == 2

@@ -46,6 +46,15 @@ class Rules:
     def _winner(self, node: Node) -> tuple[str, Choice] | None:
         return next(self.selecting(node.name, module_stack(node), targets_of(node)), None)
 
+    def of_module(self, path: str) -> Choice:
+        """Returns the configuration that a module has by its name, by that of one around it, or as all have it."""
+        names = path.split(".")
+        for around in (".".join(names[:count]) for count in range(len(names), 0, -1)):
+            for pattern, config in reversed(self.by_module_name.items()):
+                if matches(around, pattern):
+                    return config
+        return self.everything
+
     def selecting(self, name: str, stack: Stack, targets: tuple[Any, ...]) -> Iterator[tuple[str, Choice]]:
         """Yields the rules that select a node, the one that wins first: the beginning of its call, and its choice."""
         if name in self.by_node_name:

@@ -16,6 +16,7 @@ from zeropoint.core.dtypes import is_float
 from zeropoint.graph.copies import copy_graph
 from zeropoint.graph.inputs import inputs_for
 from zeropoint.numerics.sqnr import sqnr_db
+from zeropoint.report.summary import decibels
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ class Evaluation:
     def line(self) -> str:
         """Returns it in words."""
         seen = "that were not measured on" if self.is_unseen else "that were measured on as well"
-        parts = [f"SQNR {self.sqnr_db:.1f} dB" if math.isfinite(self.sqnr_db) else "outputs without error to measure"]
+        text = decibels(self.sqnr_db)
+        parts = [f"SQNR {text}" if math.isfinite(self.sqnr_db) else text]
         if self.agreement is not None:
             parts.append(f"same class {self.agreement:.1%}")
         if self.float_top1 is not None and self.int8_top1 is not None:
@@ -52,17 +54,17 @@ class Evaluation:
 def evaluate(float_model: GraphModule, int8_model: GraphModule, data: Data, batches: Iterable[Any]) -> Evaluation:
     """Returns how a converted model compares with the float one, both run in PyTorch."""
     models = copy_graph(float_model), copy_graph(int8_model)
-    lowest = math.inf
+    ratios: list[float] = []
     choices: list[tuple[torch.Tensor, torch.Tensor]] = []
     classes = 0
     for number, batch in enumerate(batches):
         inputs = inputs_for(float_model, batch, f"batch {number}")
         outputs = [pytree.tree_leaves(model(*inputs)) for model in models]
         pairs = [(a, b) for a, b in zip(*outputs, strict=True) if is_float(a)]
-        lowest = min([lowest, *(sqnr_db(expected, found) for expected, found in pairs)])
+        ratios += [sqnr_db(expected, found) for expected, found in pairs]
         if len(pairs) == 1 and pairs[0][0].dim() == 2 and (classes := pairs[0][0].shape[1]) > 1:
             choices.append((pairs[0][0].argmax(1), pairs[0][1].argmax(1)))
-    samples = len(data.evaluation) * data.batch
+    samples, lowest = len(data.evaluation) * data.batch, min(ratios, default=math.nan)
     if len(choices) < len(data.evaluation):
         return Evaluation(samples, data.is_unseen, lowest)
     expected, found = (torch.cat(each) for each in zip(*choices, strict=True))

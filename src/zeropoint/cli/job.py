@@ -16,7 +16,7 @@ from zeropoint.cli.models import Model, load_model
 from zeropoint.cli.quantizers import quantizer_of
 from zeropoint.cli.schema import read_toml, value_of
 from zeropoint.cli.settings import RuleSettings, Settings
-from zeropoint.graph.capture import capture
+from zeropoint.graph.capture import capture_in_eval_mode
 from zeropoint.graph.inputs import inputs_for
 from zeropoint.numerics import ops
 
@@ -27,7 +27,7 @@ class Job:
 
     Args:
         model: as it was given.
-        graph: its export.
+        graph: its export, in eval mode.
         example_inputs: positional.
         data: None where no DATA was given.
         settings: the configuration file with the options of the command line over it.
@@ -74,7 +74,7 @@ def load_job(model_name: str, data_name: str | None, settings: Settings) -> Job:
         data = load_data(data_name, None, (), settings.data)
         inputs = next(iter(data.calibration))
     inputs = model.example_inputs if inputs is None else inputs
-    graph = capture(model.module, inputs)
+    graph = capture_in_eval_mode(model.module, inputs)
     if data is None and data_name is not None:
         names = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
         data = load_data(data_name, inputs, names, settings.data)

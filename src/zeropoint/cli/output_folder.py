@@ -83,14 +83,18 @@ def written_whole(folder: Path) -> Generator[Path]:
 
 
 def _put(temporary: Path, target: Path) -> None:
-    """Renames a folder to what it is to be called, in place of an older one."""
+    """Renames a folder to what it is to be called, in place of an older one, which is back where that fails."""
     umask = os.umask(0)
     os.umask(umask)
     temporary.chmod(0o777 & ~umask)
     if not target.exists():
         temporary.rename(target)
         return
-    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-    target.rename(old / "old")
-    temporary.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+    try:
+        target.rename(aside / "old")
+        temporary.rename(target)
+    finally:  # After a signal between the two as well.
+        if not target.exists():
+            (aside / "old").rename(target)
+        shutil.rmtree(aside, ignore_errors=True)

@@ -62,20 +62,27 @@ class Pictures:
 
         Raises:
             FileError: it is no picture, or is damaged.
-            CalibrationError: with resize="none", it has another size.
+            CalibrationError: it has more than 8 bits a channel; or, with resize="none", another size.
         """
         path = self.paths[number]
-        try:
-            with self._image.open(path) as opened:
-                picture = opened.convert("L" if self.settings.colors == "L" else "RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise FileError(f"it is no picture that can be read: {error}", where=str(path)) from error
+        picture = self._opened(path)
         pixels = np.asarray(self._resized(picture, path), dtype=np.float32)
         pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
         pixels = pixels[:, :, ::-1] if self.settings.colors == "BGR" else pixels
         values = (pixels * np.float32(self.settings.scale) - self._mean) / self._std
         values = values if self.settings.layout == "NHWC" else values.transpose(2, 0, 1)
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._dtype)
+
+    def _opened(self, path: Path) -> Any:
+        try:
+            with self._image.open(path) as opened:
+                mode, picture = opened.mode, opened.convert("L" if self.settings.colors == "L" else "RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise FileError(f"it is no picture that can be read: {error}", where=str(path)) from error
+        if mode.startswith(("I", "F")):  # Converted, all beyond 255 would be white.
+            what = f"its values are no bytes (mode {mode})"
+            raise CalibrationError(what, where=str(path), remedy="Write it with 8 bits, or give an .npz file.")
+        return picture
 
     def _resized(self, picture: Any, path: Path) -> Any:
         height, width = self._size

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 from zeropoint.core.arguments import require_bool
 from zeropoint.core.errors import CaptureError, SpecError
-from zeropoint.graph.copies import deep_copy
-from zeropoint.graph.train_eval import SwitchedModule
+from zeropoint.graph.copies import copy_graph, deep_copy
+from zeropoint.graph.train_eval import SwitchedModule, mode_of, move_exported_model_to_eval
 
 
 def capture(
@@ -52,6 +52,20 @@ def capture(
         case _:
             remedy = "Give an nn.Module, an ExportedProgram or the result of its .module()."
             raise CaptureError(f"got {type(model).__name__}, not a model", remedy=remedy)
+
+
+def capture_in_eval_mode(
+    model: nn.Module | ExportedProgram | GraphModule, example_inputs: tuple[Any, ...], *, dynamic_shapes: Any = None
+) -> GraphModule:
+    """Returns what ``capture`` does, in eval mode whatever mode it was exported in, with a graph of its own.
+
+    Weights are shared with the model; but of one that was in train mode, which writes to its statistics, all is copied.
+
+    Raises:
+        CaptureError, SpecError: as ``capture``.
+    """
+    captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    return move_exported_model_to_eval(deep_copy(captured)) if mode_of(captured) else copy_graph(captured)
 
 
 def capture_given(model: Any, example_inputs: tuple[Any, ...] | None, where: str) -> GraphModule:

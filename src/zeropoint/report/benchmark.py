@@ -105,7 +105,7 @@ class Benchmark:
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all figures as plain data."""
+        """Returns all figures as dictionaries, lists, texts and numbers."""
         files = {"float": self.float_file, "quantized": self.quantized_file}
         return {
             **{name: {**asdict(f), "median_ms": f.median_ms, "p90_ms": f.p90_ms} for name, f in files.items()},
@@ -122,7 +122,7 @@ class Benchmark:
 
     def to_json(self) -> str:
         """Returns all figures as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
         ours, floats = self.quantized_file, self.float_file

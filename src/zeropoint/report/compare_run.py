@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from zeropoint.core.dtypes import is_float
 from zeropoint.core.errors import ComparisonError, NonFiniteError
-from zeropoint.graph.capture import capture
+from zeropoint.graph.capture import capture_in_eval_mode
 from zeropoint.graph.constants import evaluate
 from zeropoint.graph.copies import copied
 from zeropoint.graph.graph_pass import bodies
@@ -273,7 +273,7 @@ def _shape(node: Node) -> tuple[int, ...]:
 
 
 def _captured(model: Any, inputs: tuple[Any, ...]) -> GraphModule:
-    captured = capture(model, inputs)
+    captured = capture_in_eval_mode(model, inputs)
     is_other = has_observers(captured) or any(is_dequantize(node) for node in captured.graph.nodes)
     if is_other:
         what = "the float model is prepared or converted: both change the graph that they are given"

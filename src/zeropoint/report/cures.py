@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from zeropoint.annotate.rules import Rules
-from zeropoint.backends.xnnpack.config import FINE_EPS
+from zeropoint.backends.xnnpack.config import FINE_EPS, get_default_quantization_config
 from zeropoint.core.configs import QuantizationConfig
 from zeropoint.core.dtypes import is_float
 from zeropoint.core.errors import ComparisonError
@@ -21,7 +21,6 @@ from zeropoint.graph.layers import LAYERS, TRANSPOSED
 from zeropoint.graph.layers import groups_of as groups_of_layer
 from zeropoint.graph.source import module_path, module_stack
 from zeropoint.numerics import ops
-from zeropoint.numerics.observers import PerChannelMinMaxObserver
 from zeropoint.numerics.qparams import choose_qparams
 from zeropoint.report.compared_sites import Site, Sums, chain_of
 from zeropoint.report.lockstep import Lockstep
@@ -87,7 +86,7 @@ class Cure:
     def _set_module(self, quantizer: Any, rules: Rules, module: str) -> None:
         config = None
         if self.kind == "per_channel":
-            before = rules.by_module_name.get(module, rules.everything)
+            before = rules.of_module(module)
             if before is None:
                 remedy = "Call set_global(config) first."
                 raise ComparisonError("the quantizer has no configuration", where="Cure.apply", remedy=remedy)
@@ -101,8 +100,12 @@ class Cure:
 def per_channel(config: QuantizationConfig) -> QuantizationConfig:
     """Returns the configuration with a weight scale for each output channel."""
     assert config.weight is not None
-    observer = PerChannelMinMaxObserver.with_args(eps=FINE_EPS)
-    weight = replace(config.weight, observer_or_fake_quant_ctr=observer, qscheme=torch.per_channel_symmetric, ch_axis=0)
+    usual = get_default_quantization_config(is_qat=config.is_qat).weight
+    assert usual is not None
+    constructor = usual.observer_or_fake_quant_ctr
+    weight = replace(
+        config.weight, observer_or_fake_quant_ctr=constructor, qscheme=torch.per_channel_symmetric, ch_axis=0
+    )
     return replace(config, weight=weight)
 
 

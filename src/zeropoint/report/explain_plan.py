@@ -134,10 +134,12 @@ class _Groups:
 
 def _members(group: Group, graph: Graph, ranges: Ranges) -> tuple[Member, ...]:
     sites: dict[str, list[str]] = defaultdict(list)
+    makers: dict[str, Node] = {}
     for site in group.sites:
         node = site.node if site.is_output else source_of(site)
         sites[graph.name(node)].append(str(site))
-    return tuple(Member(name, tuple(places), *ranges.get(name, (None, None))) for name, places in sites.items())
+        makers.setdefault(graph.name(node), node)
+    return tuple(Member(name, tuple(at), *ranges.get(makers[name], (None, None))) for name, at in sites.items())
 
 
 def shared_tensors(groups: dict[Site, Group]) -> set[Node]:

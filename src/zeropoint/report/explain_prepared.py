@@ -91,8 +91,10 @@ class PreparedSites:
 
     def _group(self, number: int, ranges: Ranges) -> ScaleGroup:
         observer, places = self.observers[number], self.places[number]
-        named = [(self.graph.name(node), tuple(sites)) for node, sites in places.items()]
-        members = tuple(Member(name, sites, *ranges.get(name, (None, None))) for name, sites in named)
+        members = tuple(
+            Member(self.graph.name(node), tuple(sites), *ranges.get(node, (None, None)))
+            for node, sites in places.items()
+        )
         return ScaleGroup(number, describe_observer(observer), members, *_range_of(observer))
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from zeropoint.annotate.rules import matches
 from zeropoint.core.errors import RuleError, StaysFloatError, UnknownNameError
+from zeropoint.core.plain import plain
 from zeropoint.report import explain_text
 
 SHOWN = 20
@@ -213,8 +214,16 @@ class Explanation:
         return tuple(node for node in self.nodes if not node.is_quantized)
 
     def group(self, number: int) -> ScaleGroup:
-        """Returns the group of a number."""
-        return self.groups[number]
+        """Returns the group of a number, as ``Tensor.group`` has it.
+
+        Raises:
+            UnknownNameError: none of its tensors is quantized in this group.
+        """
+        found = next((group for group in self.groups if group.number == number), None)
+        if found is None:
+            remedy = f"Groups here: {', '.join(str(group.number) for group in self.groups) or 'none'}."
+            raise UnknownNameError(f"there is no group {number}", where="explanation", remedy=remedy)
+        return found
 
     def __getitem__(self, name: str) -> ExplainedNode | GoneNode | Explanation:
         """Returns one node, by its name here or in the exported program; or the part in a module, by path or glob.
@@ -278,15 +287,11 @@ class Explanation:
         return json.dumps(self.as_dict(), indent=2, allow_nan=False)
 
     def as_dict(self) -> dict[str, object]:
-        """Returns all of it as dictionaries and lists."""
-        return {**_plain(self), "quantized": len(self.quantized), "float": len(self.stays_float)}
+        """Returns all of it as dictionaries and lists; a range without an end, as that of masked scores, as None."""
+        return {**plain(dataclasses.asdict(self)), "quantized": len(self.quantized), "float": len(self.stays_float)}
 
     def __str__(self) -> str:
         return "\n".join(explain_text.lines(self))
-
-
-def _plain(value: object) -> dict[str, object]:
-    return dataclasses.asdict(value)  # type: ignore[call-overload]
 
 
 def _is_in(node: ExplainedNode | GoneNode, pattern: str) -> bool:

@@ -13,8 +13,8 @@ from zeropoint.graph.copies import copy_graph
 from zeropoint.graph.inputs import inputs_for
 from zeropoint.graph.observers import observer_of
 
-Ranges = dict[str, tuple[float, float]]
-"""Smallest and largest value of tensors, by the name of the node that makes each."""
+Ranges = dict[Node, tuple[float, float]]
+"""Smallest and largest value of tensors, by the node that makes each."""
 
 
 class _Measuring(Interpreter):
@@ -23,7 +23,7 @@ class _Measuring(Interpreter):
     def __init__(self, model: GraphModule, names: set[str]) -> None:
         super().__init__(model)
         self.names = names
-        self.ranges: Ranges = {}
+        self.ranges: dict[str, tuple[float, float]] = {}
 
     def run_node(self, n: Node) -> Any:
         """Returns what a node computes; an observer returns what it is given."""
@@ -38,18 +38,19 @@ class _Measuring(Interpreter):
 
 
 def measure(model: GraphModule, nodes: Iterable[Node], data: Iterable[Any]) -> Ranges:
-    """Returns the smallest and largest float value of each node's tensor, by name; those in bodies are left out.
+    """Returns the smallest and largest float value of each node's tensor; those in bodies are left out.
 
     The model is run as it is in float: neither its buffers nor its observers change.
 
     Raises:
         CalibrationError: there is no data, or a batch does not fit the model.
     """
-    run = _Measuring(copy_graph(model), {node.name for node in nodes if node.graph is model.graph})
+    named = {node.name: node for node in nodes if node.graph is model.graph}
+    run = _Measuring(copy_graph(model), set(named))
     count = 0
     with torch.no_grad():
         for count, batch in enumerate(data, start=1):
             run.run(*inputs_for(model, batch, f"calibration batch {count - 1}"))
     if not count:
         raise CalibrationError("calibration_data is empty", where="explain", remedy="Give some batches of real data.")
-    return run.ranges
+    return {named[name]: ends for name, ends in run.ranges.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -13,6 +12,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from zeropoint.core.extras import import_extra
+from zeropoint.core.plain import plain
 from zeropoint.report.accuracy import AccuracyWork
 from zeropoint.report.benchmark import Benchmark
 from zeropoint.report.coverage import quantized_count
@@ -224,15 +224,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 def _json(value: Any) -> str:
     """Returns JSON that a script element may hold: no text in it ends the element. What is not finite is null."""
-    text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
+    text = json.dumps(plain(value), allow_nan=False, separators=(",", ":"))
     for letter, escaped in UNSAFE.items():
         text = text.replace(letter, escaped)
     return text
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -90,9 +90,10 @@ def _by_channel(gradient: torch.Tensor, error: torch.Tensor) -> float:
 
     Channels lie along the axis after the first one of images ``(batch, channels, ...)``.
     """
-    product = gradient[: error.shape[0]] * error
+    gradient = gradient[: error.shape[0]] if error.dim() else gradient
+    product = gradient * error
     if not math.isfinite(float(product.sum())):
-        product = torch.nan_to_num(gradient[: error.shape[0]]) * error.masked_fill(~error.isfinite(), 0.0)
+        product = torch.nan_to_num(gradient) * error.masked_fill(~error.isfinite(), 0.0)
     if product.dim() < 3:
         return power(product)
     if product.dim() > 3:

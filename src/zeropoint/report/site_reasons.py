@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from zeropoint.graph.bind import bind
 from zeropoint.numerics import ops
 from zeropoint.report.compared_sites import Site, Sums
 from zeropoint.report.lockstep import Lockstep, attribute
@@ -39,7 +40,8 @@ def grid_of(site: Site, run: Lockstep) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns scale and zero point of a site, flat; empty where they are found at run time."""
     if site.is_dynamic:
         return torch.empty(0), torch.empty(0)
-    scale, zero_point = (_value(each, run) for each in site.dequantizes[0].args[1:3])
+    given = bind(site.dequantizes[0])
+    scale, zero_point = (_value(given.get(name, given.get(f"{name}s")), run) for name in ("scale", "zero_point"))
     return scale, zero_point if zero_point.numel() else torch.zeros_like(scale)
 
 
@@ -59,8 +61,10 @@ def spread_scale(site: Site, scale: torch.Tensor) -> torch.Tensor | None:
     if operator.target is ops.DEQUANTIZE_PER_CHANNEL:
         axis = operator.args[3]
         return scale.reshape([-1 if each == axis % value.dim() else 1 for each in range(value.dim())])  # type: ignore[operator]
-    if operator.target is ops.DEQUANTIZE_PER_CHANNEL_GROUP and scale.dim() == value.dim():
-        return scale.repeat_interleave(int(value.shape[-1]) // scale.shape[-1], -1)
+    if scale.dim() == value.dim():  # One for each group or block.
+        for axis, count in enumerate(scale.shape):
+            scale = scale.repeat_interleave(int(value.shape[axis]) // count, axis)
+        return scale
     return None
 
 

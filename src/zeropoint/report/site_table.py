@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from zeropoint.core.plain import plain
 from zeropoint.report.convergence import Convergence
 from zeropoint.report.cures import Cure
 
@@ -150,7 +151,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as dictionaries, lists, texts and numbers; what is infinite or NaN as None."""
-        return _plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self))
 
     def to_json(self) -> str:
         """Returns ``to_dict()`` as JSON."""
@@ -162,18 +163,6 @@ class Comparison:
     def text(self, most: int = SHOWN) -> str:
         """Returns a summary and the tables, of ``most`` rows each."""
         return "\n".join([*_verdict(self), *_site_lines(self, most), *_node_lines(self, most)])
-
-
-def _plain(value: Any) -> Any:
-    match value:
-        case dict():
-            return {key: _plain(each) for key, each in value.items()}
-        case list() | tuple():
-            return [_plain(each) for each in value]
-        case float():
-            return value if math.isfinite(value) else None
-        case _:
-            return value
 
 
 def _verdict(found: Comparison) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json as json_module
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,22 @@ from zeropoint.report.explanation import Explanation
 from zeropoint.report.speed import speed_note, work_of
 from zeropoint.reporting import require_packages
 
-Done = tuple[QuantizedModel, Evaluation | None, Measured | None]
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What the command did.
+
+    Args:
+        result: of ``quantize``.
+        compared: int8 beside float on samples; None without real data.
+        measured: what the page shows; None where none was asked for.
+        summary: what is written as ``summary.json``.
+    """
+
+    result: QuantizedModel
+    compared: Evaluation | None
+    measured: Measured | None
+    summary: dict[str, Any]
 
 
 def quantize(
@@ -77,7 +93,7 @@ def quantize(
         bar("load and export", 0, None)
         job = load_job(model, data, settings)
         explanation = explain(job.graph, job.quantizer, strict=settings.checks.strict)
-        done = None if out is None else _run(job, bar, report=report)
+        done = None if out is None else _run(job, explanation, bar, report=report)
         if out is not None and done is not None:
             _write(out, job, explanation, done)
     _show(job, explanation, done, out, json=json)
@@ -98,18 +114,18 @@ def _with_checks(settings: Settings, min_sqnr: float | None, min_agreement: floa
     return checked(replace(settings, checks=checks), "the command line")
 
 
-def _run(job: Job, bar: StageBar, *, report: bool) -> Done:
+def _run(job: Job, explanation: Explanation, bar: StageBar, *, report: bool) -> Done:
     data = job.data
     result = quantized(job, bar)
     evaluation = None
     if data is not None and not data.is_random:
         batches = bar.each(data.evaluation, len(data.evaluation), "compare with float")
         evaluation = evaluate(job.graph, result.model, data, batches)
-    return result, evaluation, measured(job, result, bar) if report else None
+    found = measured(job, result, bar) if report else None
+    return Done(result, evaluation, found, _summary(job, explanation, result, evaluation))
 
 
-def _summary(job: Job, explanation: Explanation, done: Done) -> dict[str, Any]:
-    result, compared, _ = done
+def _summary(job: Job, explanation: Explanation, result: QuantizedModel, compared: Evaluation | None) -> dict[str, Any]:
     data, record = job.data, result.record
     work = work_of(result.model)
     return {
@@ -142,14 +158,13 @@ def _compared(compared: Evaluation) -> dict[str, Any]:
 
 
 def _write(out: Path, job: Job, explanation: Explanation, done: Done) -> None:
-    summary = json_module.dumps(_summary(job, explanation, done), indent=2, allow_nan=False)
+    summary = json_module.dumps(done.summary, indent=2, allow_nan=False)
     data = "" if job.data is None else f" --data {job.data.name}"
     header = f"# zeropoint quantize {job.model.name}{data} --config config.toml -o DIR\n"
-    result, _, found = done
     with written_whole(out) as folder:
-        (folder / "model.pte").write_bytes(result.pte)
-        if found is not None:
-            found.write(result, folder / "report.html", job.model.name)
+        (folder / "model.pte").write_bytes(done.result.pte)
+        if done.measured is not None:
+            done.measured.write(done.result, folder / "report.html", job.model.name)
         (folder / "summary.json").write_text(summary + "\n", encoding="utf8")
         (folder / "explain.txt").write_text(f"{explanation}\n", encoding="utf8")
         (folder / "config.toml").write_text(header + to_toml(job.settings), encoding="utf8")
@@ -162,30 +177,40 @@ def _show(job: Job, explanation: Explanation, done: Done | None, out: Path | Non
         plan = {"dry_run": True, "data": data, **explanation.as_dict()}
         write_json(plan) if json else write_text(f"dry run   nothing is written\ndata      {data}\n{explanation}")
         return
-    result, compared, _ = done
     if json:
-        write_json({**_summary(job, explanation, done), "out": str(out)})
+        write_json({**done.summary, "out": str(out)})
         return
     rules = [f"rule      {rule}" for rule in explanation.rules]
-    lines = [f"data      {data}", *rules, str(result), *([compared.line()] if compared is not None else [])]
+    lines = [
+        f"data      {data}",
+        *rules,
+        str(done.result),
+        *([done.compared.line()] if done.compared is not None else []),
+    ]
     write_text("\n".join([*lines, f"written   {out}"]))
 
 
 def _check(checks: CheckSettings, done: Done) -> None:
     """Raises where an asked-for accuracy is not reached; the results are written all the same."""
-    result, compared, _ = done
-    sqnr = result.float_sqnr_db if compared is None else min(compared.sqnr_db, result.float_sqnr_db)
-    if checks.min_sqnr_db is not None and not sqnr >= checks.min_sqnr_db:
-        raise CheckFailed(
-            f"SQNR against float is {sqnr:.1f} dB; {checks.min_sqnr_db:g} dB were asked for", where="check"
-        )
-    agreement = None if compared is None else compared.agreement
-    if checks.min_agreement is None:
-        return
+    if checks.min_sqnr_db is not None:
+        _check_sqnr(checks.min_sqnr_db, done)
+    if checks.min_agreement is not None:
+        _check_agreement(checks.min_agreement, done)
+
+
+def _check_sqnr(least: float, done: Done) -> None:
+    found = [done.result.float_sqnr_db] if done.compared is None else [done.result.float_sqnr_db, done.compared.sqnr_db]
+    if any(map(math.isnan, found)):
+        what = "min_sqnr_db is asked for, and the model has no float output"
+        raise CheckFailed(what, where="check", remedy="Leave it out.")
+    if min(found) < least:
+        raise CheckFailed(f"SQNR against float is {min(found):.1f} dB; {least:g} dB were asked for", where="check")
+
+
+def _check_agreement(least: float, done: Done) -> None:
+    agreement = None if done.compared is None else done.compared.agreement
     if agreement is None:
         what = "min_agreement is asked for, and the model's output is no scores of classes, or there is no real data"
         raise CheckFailed(what, where="check", remedy="Leave it out.")
-    if agreement < checks.min_agreement:
-        raise CheckFailed(
-            f"{agreement:.1%} have the same class; {checks.min_agreement:.1%} were asked for", where="check"
-        )
+    if agreement < least:
+        raise CheckFailed(f"{agreement:.1%} have the same class; {least:.1%} were asked for", where="check")
