@@ -127,7 +127,8 @@ def test_explain_and_strict(folder):
 def test_check(folder):
     found = json.loads(run("check", "model.pt2", "--json").stdout)
     assert found["is_as_meant"]
-    assert [island["nodes"] for island in found["islands"]] == [["layer_norm"]]
+    assert [group["nodes"] for group in found["ends"]] == [["layer_norm"]]
+    assert found["islands"] == []
 
 
 def test_backends_doctor_and_config(folder):

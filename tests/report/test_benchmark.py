@@ -9,7 +9,7 @@ import pytest
 
 from zeropoint.core import processor
 from zeropoint.report.benchmark import Benchmark, FileFigures
-from zeropoint.report.borders import Borders, Island
+from zeropoint.report.borders import Borders, FloatGroup
 from zeropoint.report.work import NodeWork
 
 FLOATS = FileFigures(4000, (0.010, 0.012, 0.011, 0.010, 0.030), 9_000_000, 1, ())
@@ -99,7 +99,7 @@ def test_float_work():
 
 
 def test_islands_and_requantizations():
-    islands = (Island(("a", "b"), ("gelu", "mul")), Island(("c",), ("gelu",)))
+    islands = (FloatGroup(("a", "b"), ("gelu", "mul"), 1, 1), FloatGroup(("c",), ("gelu",), 1, 1))
     assert slower(borders=Borders(9, 4, 1, 3, islands)).why[:2] == (
         (
             "2 groups of float operators stand between integer ones (gelu 2, mul 1): 4 values are quantized and 3 "

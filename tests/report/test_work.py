@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import zeropoint as zp
 from tests.models import Applied, export
 from zeropoint.backends.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config
-from zeropoint.report.borders import Borders, Island, borders_of
+from zeropoint.report.borders import Borders, FloatGroup, borders_of
 from zeropoint.report.work import node_work
 
 INT8 = get_symmetric_quantization_config(is_per_channel=True)
@@ -114,7 +114,7 @@ def test_an_integer_model_has_its_inputs_and_outputs_for_borders():
 def test_a_float_layer_between_integer_ones_is_an_island():
     module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.GELU(), nn.Conv2d(4, 2, 1))
     model = converted(module, torch.randn(1, 3, 4, 4), floats=("1", "2"))
-    assert borders_of(model) == Borders(4, 2, 0, 2, (Island(("conv2d_1", "gelu"), ("conv2d", "gelu")),))
+    assert borders_of(model) == Borders(4, 2, 0, 2, (FloatGroup(("conv2d_1", "gelu"), ("conv2d", "gelu"), 1, 1),))
 
 
 def test_float_ends_are_no_islands():
@@ -141,7 +141,7 @@ def test_weights_alone_make_no_border():
 def test_inputs_that_are_quantized_at_run_time():
     module = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2))
     found = borders_of(converted(module, torch.randn(2, 3), config=DYNAMIC))
-    assert (found.entries, found.requantizations, found.islands) == (3, 0, (Island(("gelu",), ("gelu",)),))
+    assert (found.entries, found.requantizations, found.islands) == (3, 0, (FloatGroup(("gelu",), ("gelu",), 1, 1),))
 
 
 def test_a_tensor_that_two_scales_are_wanted_of_is_requantized():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,11 @@ from torch.fx import GraphModule, Node
 from zeropoint.backends.xnnpack.fold import folded
 from zeropoint.backends.xnnpack.lower import repaired
 from zeropoint.backends.xnnpack.sound import RULES, VALUE_RULES, unsound
-from zeropoint.core.dtypes import is_float
 from zeropoint.core.errors import LoweringError
 from zeropoint.graph.bind import argument, reads
-from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.source import describe, operator_name
 from zeropoint.numerics import ops
-from zeropoint.report.coverage import compute_nodes
+from zeropoint.report.borders import FloatGroup, float_groups
 
 SHOWN = 20
 """Lines of each kind in the text; the data has all."""
@@ -45,27 +42,6 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.place}: {self.what}{f'. {self.remedy}' if self.remedy else ''}"
-
-
-@dataclass(frozen=True, slots=True)
-class Island:
-    """Operators computed in float next to integers.
-
-    Args:
-        nodes: their names, in the order of the graph.
-        operators: how often which.
-        dequantized: how many tensors are dequantized for them.
-        quantized: how many of what they return are quantized.
-    """
-
-    nodes: tuple[str, ...]
-    operators: tuple[tuple[str, int], ...]
-    dequantized: int
-    quantized: int
-
-    def __str__(self) -> str:
-        named = ", ".join(name if count == 1 else f"{name} {count}" for name, count in self.operators)
-        return f"{self.nodes[0]}: {named}; {self.dequantized} dequantized for it, {self.quantized} quantized after it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +71,8 @@ class BackendCheck:
         refused: operators that it would compute wrongly, or that keep the file from loading; ``lower`` raises for them.
         unfolded: operators that the graph quantizes, and that it computes in float: their q/dq pairs cost time.
         integer: how many operators it computes in integers.
-        islands: operators in float next to integers, those that nothing separates together.
+        islands: groups of float operators between integer ones.
+        ends: groups of float operators with integer ones on one side only: before the first, or after the last.
         inputs, outputs: of the model.
         conversions: quantize operators at run time.
         ranges_are_known: the model is calibrated; else what depends on ranges is not checked.
@@ -105,7 +82,8 @@ class BackendCheck:
     refused: tuple[Finding, ...]
     unfolded: tuple[Finding, ...]
     integer: int
-    islands: tuple[Island, ...]
+    islands: tuple[FloatGroup, ...]
+    ends: tuple[FloatGroup, ...]
     inputs: tuple[Boundary, ...]
     outputs: tuple[Boundary, ...]
     conversions: int
@@ -132,7 +110,7 @@ class BackendCheck:
         return {**dataclasses.asdict(self), "is_as_meant": self.is_as_meant}
 
     def __str__(self) -> str:
-        floats = sum(len(island.nodes) for island in self.islands)
+        floats = sum(len(group.nodes) for group in (*self.islands, *self.ends))
         unknown = [] if self.ranges_are_known else ["note      not calibrated: what depends on ranges is not checked"]
         counts = f"{self.integer} operators in integers, {floats} in float next to them"
         return "\n".join(
@@ -140,7 +118,8 @@ class BackendCheck:
                 f"{self.backend}   {counts}; {self.conversions} quantize operators at run time",
                 *(f"refused   {line}" for line in _some(map(str, self.refused))),
                 *(f"unfolded  {line}" for line in _some(_alike(self.unfolded, lambda f: (f.operator, f.what)))),
-                *(f"island    {line}" for line in _some(_alike(self.islands, lambda i: (*i.operators, i.dequantized)))),
+                *(f"island    {line}" for line in _some(_alike(self.islands, _kind_of_group))),
+                *(f"end       {line}" for line in _some(_alike(self.ends, _kind_of_group))),
                 *(f"input     {each}" for each in self.inputs),
                 *(f"output    {each}" for each in self.outputs),
                 *unknown,
@@ -154,6 +133,10 @@ def _alike(items: Iterable[Any], key: Callable[[Any], Any]) -> list[str]:
     for item in items:
         kinds.setdefault(key(item), []).append(item)
     return [f"{alike[0]}{f' (and {len(alike) - 1} like it)' if len(alike) > 1 else ''}" for alike in kinds.values()]
+
+
+def _kind_of_group(group: FloatGroup) -> tuple[tuple[str, ...], int]:
+    return group.operators, group.dequantized
 
 
 def _some(lines: Iterable[str]) -> list[str]:
@@ -171,6 +154,7 @@ def examine(converted: GraphModule, *, ranges_are_known: bool) -> BackendCheck:
     rules = tuple(rule for rule in RULES if ranges_are_known or rule not in VALUE_RULES)
     refused = [_finding(each.node, each.what, each.remedy) for each in unsound(model, rules)]
     integer, refusals = folded(model)
+    groups = list(float_groups(model, integer))
     wrong = {finding.node for finding in refused}
     unfolded = [_finding(node, reason) for node, reason in refusals.items() if node.name not in wrong]
     return BackendCheck(
@@ -178,7 +162,8 @@ def examine(converted: GraphModule, *, ranges_are_known: bool) -> BackendCheck:
         tuple(refused),
         tuple(unfolded),
         len(integer),
-        tuple(_islands(model, integer)),
+        tuple(group for group in groups if group.is_island),
+        tuple(group for group in groups if not group.is_island),
         tuple(_input(node) for node in model.graph.nodes if node.op == "placeholder"),
         tuple(_output(number, node) for number, node in enumerate(_returned(model))),
         sum(node.target in ops.QUANTIZE_OPS for node in model.graph.nodes),
@@ -188,32 +173,6 @@ def examine(converted: GraphModule, *, ranges_are_known: bool) -> BackendCheck:
 
 def _finding(node: Node, what: str, remedy: str = "") -> Finding:
     return Finding(node.name, operator_name(node), describe(node), what.rstrip("."), remedy)
-
-
-def _islands(model: GraphModule, integer: set[Node]) -> list[Island]:
-    """Returns the float operators next to integers: those that read from one another are one island."""
-    conversions = (*ops.QUANTIZE_OPS, *ops.DEQUANTIZE_OPS)
-    floats = [
-        n for n in compute_nodes(model) if n.graph is model.graph and n not in integer and is_float(n.meta.get("val"))
-    ]
-    floats = [node for node in floats if node.target not in conversions]
-    island_of: dict[Node, list[Node]] = {}
-    for node in floats:
-        joined = [node]
-        for before in {id(island_of[s]): island_of[s] for _, s in reads(node) if s in island_of}.values():
-            joined = [*before, *joined]
-        island_of.update(dict.fromkeys(joined, joined))
-    islands = {id(nodes): nodes for nodes in island_of.values()}.values()
-    found = [_island(nodes, constant_nodes(model)) for nodes in islands]
-    return [island for island in found if island.dequantized or island.quantized]
-
-
-def _island(nodes: list[Node], constants: set[Node]) -> Island:
-    read = {source for node in nodes for _, source in reads(node) if source.target in ops.DEQUANTIZE_OPS}
-    written = {reader for node in nodes for reader in node.users if reader.target in ops.QUANTIZE_OPS}
-    counts = Counter(operator_name(node) for node in nodes)
-    names = tuple(node.name for node in nodes)
-    return Island(names, tuple(counts.most_common()), len(read - constants), len(written))
 
 
 def _input(node: Node) -> Boundary:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
+from zeropoint.core.dtypes import is_float
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.source import operator_name
@@ -17,16 +19,30 @@ from zeropoint.report.operator_table import integer_nodes
 
 
 @dataclass(frozen=True, slots=True)
-class Island:
-    """Float operators that are connected, between integer ones: values are dequantized for them and quantized after.
+class FloatGroup:
+    """Float operators that are connected, next to integer ones.
 
     Args:
         nodes: their names in the graph, in its order.
         operators: the operator of each.
+        dequantized: how many tensors they read from integers.
+        quantized: how many quantize operators read what they return.
     """
 
     nodes: tuple[str, ...]
     operators: tuple[str, ...]
+    dequantized: int
+    quantized: int
+
+    @property
+    def is_island(self) -> bool:
+        """True between integer operators: values are dequantized for it, and quantized after it."""
+        return self.dequantized > 0 and self.quantized > 0
+
+    def __str__(self) -> str:
+        counts = Counter(self.operators).most_common()
+        named = ", ".join(name if count == 1 else f"{name} {count}" for name, count in counts)
+        return f"{self.nodes[0]}: {named}; {self.dequantized} dequantized for it, {self.quantized} quantized after it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +55,14 @@ class Borders:
             one did, where the scale is found at run time.
         requantizations: those that read integers of another scale, and only change the scale.
         exits: dequantize operators whose values a float operator or the output reads.
-        islands: float operators between integer ones.
+        islands: groups of float operators between integer ones.
     """
 
     quantizes: int
     entries: int
     requantizations: int
     exits: int
-    islands: tuple[Island, ...]
+    islands: tuple[FloatGroup, ...]
 
 
 def borders_of(converted: GraphModule) -> Borders:
@@ -76,19 +92,40 @@ def _parts(model: GraphModule, whole: GraphModule) -> Iterator[Borders]:
         len(quantizes) - requantizations - returned,
         requantizations,
         sum(any(not is_quantize(user) and user not in integer for user in node.users) for node in exits),
-        tuple(_islands(model, integer, constants)),
+        tuple(group for group in float_groups(model, integer) if group.is_island),
     )
 
 
-def _islands(model: GraphModule, integer: set[Node], constants: set[Node]) -> Iterator[Island]:
-    own = set(model.graph.nodes)
-    floats = [n for n in compute_nodes(model) if n in own and n not in integer and not is_conversion(n)]
+def float_groups(model: GraphModule, integer: set[Node]) -> Iterator[FloatGroup]:
+    """Yields the float operators of one graph that read from integers, or of which something is quantized.
+
+    Args:
+        model: a converted graph; the bodies of its control flow are left out.
+        integer: its nodes that are computed in integers.
+    """
+    constants = constant_nodes(model)
+    own = (node for node in compute_nodes(model) if node.graph is model.graph and node not in integer)
+    floats = [node for node in own if not is_conversion(node) and _holds_floats(node.meta.get("val"))]
     for nodes in _connected(floats):
         read = {source for node in nodes for source in node.all_input_nodes if source not in constants}
-        readers = {user for node in nodes for user in node.users}
-        is_between = any(is_dequantize(source) or source in integer for source in read)
-        if is_between and any(is_conversion(user) for user in readers):
-            yield Island(tuple(node.name for node in nodes), tuple(operator_name(node) for node in nodes))
+        dequantized = sum(is_dequantize(source) or _maker(source) in integer for source in read)
+        quantized = sum(is_quantize(reader) for node in nodes for reader in set(_readers(node)))
+        if dequantized or quantized:
+            yield FloatGroup(tuple(n.name for n in nodes), tuple(map(operator_name, nodes)), dequantized, quantized)
+
+
+def _holds_floats(value: object) -> bool:
+    return any(map(is_float, value)) if isinstance(value, (list, tuple)) else is_float(value)
+
+
+def _maker(node: Node) -> Node:
+    return node.all_input_nodes[0] if node.target is operator.getitem else node
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    """Yields what reads a node, or one of the tensors in the list that it returns."""
+    for reader in node.users:
+        yield from reader.users if reader.target is operator.getitem else (reader,)
 
 
 def _connected(nodes: list[Node]) -> Iterator[list[Node]]:
