@@ -45,6 +45,9 @@ class Classes(nn.Module):
 def classes():
     return Classes(), (torch.randn(1, 3, 8, 8),)
 
+def uneven():
+    yield from ((torch.randn(size, 3, 8, 8),) for size in (4, 4, 2))
+
 def batches():
     print("printed by the model's own code")
     for _ in range(6):
@@ -252,6 +255,15 @@ def test_pictures_in_folders_of_classes(folder):
     torch.testing.assert_close(first[0][0], torch.from_numpy(expected.transpose(2, 0, 1).copy()).float())
     assert data.class_names == ("ant", "bee", "cat")
     assert sorted(label for batch in data.classes for label in batch) == [0, 1, 2]
+
+
+def test_samples_of_batches_of_several_sizes_are_counted(folder):
+    from zeropoint.cli.data import load_data
+    from zeropoint.cli.settings import DataSettings
+
+    data = load_data("user_model:uneven", None, ["x"], DataSettings())
+    assert (data.calibration.samples, data.evaluation.samples) == (10, 10)
+    assert "10 samples to measure on, 10 the same to compare on" in data.describe()
 
 
 def test_pictures_of_16_bits_are_refused(folder):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
-from importlib import metadata
 
 from zeropoint.backends import xnnpack
+from zeropoint.core.extras import installed_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +35,7 @@ class KnownBackend:
     @property
     def version(self) -> str | None:
         """Version of its package; None: it is not installed."""
-        if importlib.util.find_spec(self.package) is None:
-            return None
-        return metadata.version(self.package)
+        return installed_version(self.package)
 
 
 BACKENDS = (

@@ -26,7 +26,7 @@ def _rules(cure: Cure, settings: Settings) -> Iterator[RuleSettings]:
 
 
 def with_rules(settings: Settings, rules: Iterable[RuleSettings]) -> Settings:
-    """Returns settings with more rules, which go before those that are there."""
+    """Returns settings with more rules after those that they have: of two for one module, the last one holds."""
     return replace(settings, rules=(*settings.rules, *rules))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,11 @@ class Batches:
     Args:
         read: gives a batch by its number.
         numbers: of the batches, in the order that they are taken.
+        samples: how many are in them.
     """
 
-    def __init__(self, read: Callable[[int], tuple[Any, ...]], numbers: Sequence[int]) -> None:
-        self._read, self._numbers = read, numbers
+    def __init__(self, read: Callable[[int], tuple[Any, ...]], numbers: Sequence[int], samples: int) -> None:
+        self._read, self._numbers, self.samples = read, numbers, samples
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -51,7 +52,6 @@ class Data:
         name: as the user gave it.
         calibration: batches that activations are measured on.
         evaluation: batches that int8 is compared with float on.
-        batch: how many samples are in a batch.
         is_unseen: none of those that int8 is compared on is measured on.
         is_random: it is no data, but noise.
         dropped: samples that are left over where batches are larger than 1.
@@ -62,7 +62,6 @@ class Data:
     name: str
     calibration: Batches
     evaluation: Batches
-    batch: int
     is_unseen: bool
     is_random: bool = False
     dropped: int = 0
@@ -73,7 +72,7 @@ class Data:
         """Returns how much of what there is."""
         kind = "random numbers, which say nothing about accuracy" if self.is_random else self.name
         unseen = "others" if self.is_unseen else "the same"
-        calibration, evaluation = (len(part) * self.batch for part in (self.calibration, self.evaluation))
+        calibration, evaluation = self.calibration.samples, self.evaluation.samples
         dropped = f"; {self.dropped} left over" if self.dropped else ""
         return f"{kind}: {calibration} samples to measure on, {evaluation} {unseen} to compare on{dropped}"
 
@@ -124,9 +123,11 @@ def _split(count: int, batch: int, settings: DataSettings) -> tuple[list[int], l
     return numbers[:first], unseen or numbers[:second], bool(unseen)
 
 
-def _made(name: str, read: Callable[[int], Any], count: int, batch: int, settings: DataSettings, **more: Any) -> Data:
-    measured, compared, is_unseen = _split(count, batch, settings)
-    return Data(name, Batches(read, measured), Batches(read, compared), batch, is_unseen, **more)
+def _made(name: str, read: Callable[[int], Any], sizes: Sequence[int], settings: DataSettings, **more: Any) -> Data:
+    """Returns the data of batches of these sizes, of which the first is the usual one."""
+    measured, compared, is_unseen = _split(len(sizes), sizes[0], settings)
+    parts = [Batches(read, numbers, sum(sizes[each] for each in numbers)) for numbers in (measured, compared)]
+    return Data(name, *parts, is_unseen, **more)
 
 
 def _random(inputs: tuple[Any, ...], settings: DataSettings) -> Data:
@@ -134,7 +135,7 @@ def _random(inputs: tuple[Any, ...], settings: DataSettings) -> Data:
         generator = torch.Generator().manual_seed(settings.seed + number)
         return tuple(_random_like(each, generator) for each in inputs)
 
-    return _made(RANDOM, read, RANDOM_BATCHES, batch_size(inputs), settings, is_random=True)
+    return _made(RANDOM, read, [batch_size(inputs)] * RANDOM_BATCHES, settings, is_random=True)
 
 
 def _random_like(example: Any, generator: torch.Generator) -> Any:
@@ -153,16 +154,16 @@ def _of_python(name: str, settings: DataSettings) -> Data:
         what = f"it gives {type(made).__name__}, not batches"
         raise UsageError(what, where=name, remedy="Let it yield tuples of the model's inputs.")
     batches: list[Any] = []
-    samples = 0
+    sizes: list[int] = []
     for each in made:
         batch = each if isinstance(each, tuple) else tuple(each) if isinstance(each, list) else (each,)
         batches.append(batch)
-        samples += batch_size(batch)
-        if samples >= settings.samples + settings.evaluate:
+        sizes.append(batch_size(batch))
+        if sum(sizes) >= settings.samples + settings.evaluate:
             break
     if not batches:
         raise UsageError("it yields no batch", where=name, remedy="Let it yield tuples of the model's inputs.")
-    return _made(name, batches.__getitem__, len(batches), batch_size(batches[0]), settings)
+    return _made(name, batches.__getitem__, sizes, settings)
 
 
 def _of_arrays(
@@ -182,7 +183,7 @@ def _of_arrays(
     def read(number: int) -> tuple[Any, ...]:
         return tuple(tensor[number * batch : (number + 1) * batch].clone() for tensor in tensors)
 
-    return _made(name, read, total // batch, batch, settings, dropped=total % batch)
+    return _made(name, read, [batch] * (total // batch), settings, dropped=total % batch)
 
 
 def _in_order(
@@ -216,12 +217,9 @@ def _of_pictures(pictures: Pictures, inputs: tuple[Any, ...], settings: DataSett
     def read(number: int) -> tuple[Any, ...]:
         return (torch.stack([pictures[sample] for sample in samples_of(number)]),)
 
-    made = _made(str(pictures.folder), read, total // batch, batch, settings, dropped=total % batch)
+    made = _made(str(pictures.folder), read, [batch] * (total // batch), settings, dropped=total % batch)
     if not pictures.class_names:
         return made
     _, compared, _ = _split(total // batch, batch, settings)
     classes = tuple(tuple(pictures.classes[sample] for sample in samples_of(number)) for number in compared)
-    return _made(
-        made.name, read, total // batch, batch, settings, dropped=made.dropped, classes=classes,
-        class_names=pictures.class_names,
-    )  # fmt: skip
+    return replace(made, classes=classes, class_names=pictures.class_names)

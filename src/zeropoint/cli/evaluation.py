@@ -64,7 +64,7 @@ def evaluate(float_model: GraphModule, int8_model: GraphModule, data: Data, batc
         ratios += [sqnr_db(expected, found) for expected, found in pairs]
         if len(pairs) == 1 and pairs[0][0].dim() == 2 and (classes := pairs[0][0].shape[1]) > 1:
             choices.append((pairs[0][0].argmax(1), pairs[0][1].argmax(1)))
-    samples, lowest = len(data.evaluation) * data.batch, min(ratios, default=math.nan)
+    samples, lowest = data.evaluation.samples, min(ratios, default=math.nan)
     if len(choices) < len(data.evaluation):
         return Evaluation(samples, data.is_unseen, lowest)
     expected, found = (torch.cat(each) for each in zip(*choices, strict=True))

@@ -97,7 +97,7 @@ MinAgreementOption = Annotated[
     float | None,
     typer.Option(metavar="SHARE", help="Exit with 3 below this share of samples of one class.", show_default=False),
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace the results in DIR.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 RunsOption = Annotated[int, typer.Option("--runs", min=1, metavar="N", help="How often each file is run and timed.")]
 MeasureOption = Annotated[
     int, typer.Option("--measure", min=0, metavar="N", help="How many cures are looked for; 0: none.")

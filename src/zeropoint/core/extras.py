@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Generator
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -53,6 +54,14 @@ def require_extra(module: str, extra: str) -> None:
         raise _missing(error.name or module, module, extra) from error
     if found is None:
         raise _missing(module, module, extra)
+
+
+def installed_version(package: str) -> str | None:
+    """Returns the version of an installed package; None: it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _missing(name: str, module: str, extra: str) -> MissingExtraError:

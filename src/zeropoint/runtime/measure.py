@@ -39,10 +39,6 @@ class Measurement:
     peak_bytes: dict[str, int | None]
     threads: int
 
-    def median_ratio(self, name: str, reference: str) -> float:
-        """Returns the median over the rounds of one file's time over another's in the same round."""
-        return median_ratio(self.seconds, name, reference)
-
 
 def measure(
     files: Mapping[str, bytes],

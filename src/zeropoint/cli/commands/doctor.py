@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ import zeropoint
 from zeropoint.backends.known import BACKENDS
 from zeropoint.cli.options import DebugOption, JsonOption
 from zeropoint.cli.output import write_json, write_text
+from zeropoint.core.extras import installed_version
 from zeropoint.core.processor import has_integer_dot_product, integer_dot_product
 
 EXTRAS: dict[str, tuple[str, ...]] = {
@@ -40,8 +39,8 @@ def _found() -> dict[str, Any]:
         "zeropoint": zeropoint.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "numpy": metadata.version("numpy"),
-        "extras": {extra: {name: _version(name) for name in packages} for extra, packages in EXTRAS.items()},
+        "numpy": installed_version("numpy"),
+        "extras": {extra: {name: installed_version(name) for name in packages} for extra, packages in EXTRAS.items()},
         "processor": {
             "machine": platform.machine(),
             "cores": os.cpu_count(),
@@ -53,19 +52,12 @@ def _found() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _problems() -> list[str]:
     """Returns what does not work as it is, with what to do."""
     problems = [
         f"the backend {each.name} needs the package {each.package}: pip install 'zeropoint[{each.extra}]'"
         for each in BACKENDS
-        if importlib.util.find_spec(each.package) is None
+        if each.version is None
     ]
     if has_integer_dot_product() is False:
         problems.append("this processor has no integer dot product: int8 may be slower than float on it")
@@ -84,4 +76,4 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"processor    {processor['machine']}, {processor['cores']} cores, {processor['torch_threads']} threads of "
         f"torch, integer dot product: {dot_product}"
     )
-    return [*lines, *(f"problem      {problem}" for problem in found["problems"])] or lines
+    return [*lines, *(f"problem      {problem}" for problem in found["problems"])]

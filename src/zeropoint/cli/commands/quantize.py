@@ -131,7 +131,7 @@ def _summary(job: Job, explanation: Explanation, result: QuantizedModel, compare
     return {
         "zeropoint": zeropoint.__version__,
         **job.named(),
-        "calibration_samples": 0 if data is None else len(data.calibration) * data.batch,
+        "calibration_samples": 0 if data is None else data.calibration.samples,
         "operators": {"integer": len(explanation.quantized), "float": len(explanation.stays_float)},
         "multiply_accumulates": {"integer": work.integer, "float": work.floating},
         "rules": [{"rule": each.rule, "matched": each.matched, "decided": each.decided} for each in explanation.rules],
