@@ -126,8 +126,11 @@ def _split(count: int, batch: int, settings: DataSettings) -> tuple[list[int], l
 def _made(name: str, read: Callable[[int], Any], sizes: Sequence[int], settings: DataSettings, **more: Any) -> Data:
     """Returns the data of batches of these sizes, of which the first is the usual one."""
     measured, compared, is_unseen = _split(len(sizes), sizes[0], settings)
-    parts = [Batches(read, numbers, sum(sizes[each] for each in numbers)) for numbers in (measured, compared)]
-    return Data(name, *parts, is_unseen, **more)
+
+    def batches(numbers: Sequence[int]) -> Batches:
+        return Batches(read, numbers, sum(sizes[number] for number in numbers))
+
+    return Data(name, batches(measured), batches(compared), is_unseen, **more)
 
 
 def _random(inputs: tuple[Any, ...], settings: DataSettings) -> Data:
