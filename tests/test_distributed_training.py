@@ -11,7 +11,7 @@ import torch
 from ranks import CASES
 from resumable import TRAININGS, inputs, network
 
-from zeropoint.report.check_convert import check_convert
+from zeropoint.report.trained.check_convert import check_convert
 from zeropoint.workflow import convert_pt2e, prepare_qat_pt2e
 
 TESTS = Path(__file__).parent

@@ -20,7 +20,7 @@ from zeropoint.graph.batch_norms import BATCH_NORMS, is_in_train_mode
 from zeropoint.numerics.fake_quantize import FakeQuantize, disable_fake_quant
 from zeropoint.numerics.learnable_fake_quantize import LearnableFakeQuantize
 from zeropoint.numerics.observers import MovingAverageMinMaxObserver
-from zeropoint.report.training import decide, fit_db
+from zeropoint.report.trained.training import decide, fit_db
 from zeropoint.workflow import prepare_qat_pt2e
 
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from zeropoint.algorithms.qat_schedule import QATSchedule
 from zeropoint.graph import replay
 from zeropoint.numerics.fake_quantize import FakeQuantize
-from zeropoint.report.check_convert import check_convert
+from zeropoint.report.trained.check_convert import check_convert
 from zeropoint.workflow import convert_pt2e, prepare_qat_pt2e
 
 LEARNS = {"learn_ranges_after": 1}

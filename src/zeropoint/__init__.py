@@ -23,13 +23,13 @@ from zeropoint.graph.bind import Site
 from zeropoint.graph.capture import capture
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
 from zeropoint.report.backend_check import BackendCheck
-from zeropoint.report.benchmark import Benchmark
-from zeropoint.report.check_convert import ConvertCheck, check_convert
-from zeropoint.report.compare import compare
-from zeropoint.report.explain import explain
-from zeropoint.report.explanation import Explanation
+from zeropoint.report.compare.compare import compare
+from zeropoint.report.compare.site_table import Comparison
+from zeropoint.report.explain.explain import explain
+from zeropoint.report.explain.explanation import Explanation
 from zeropoint.report.operator_table import summary
-from zeropoint.report.site_table import Comparison
+from zeropoint.report.speed.benchmark import Benchmark
+from zeropoint.report.trained.check_convert import ConvertCheck, check_convert
 from zeropoint.reporting import write_report
 from zeropoint.workflow import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 

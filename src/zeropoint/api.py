@@ -33,7 +33,7 @@ from zeropoint.passes.canonicalize import canonicalize
 from zeropoint.passes.fold_batch_norm import fold_batch_norm
 from zeropoint.report.accuracy import AccuracyWork
 from zeropoint.report.coverage import quantized_count
-from zeropoint.report.ranges import ActivationRange, WatchedRun
+from zeropoint.report.page.ranges import ActivationRange, WatchedRun
 from zeropoint.report.record import record_of, refresh_biases, require_unprepared
 from zeropoint.report.stages import Progress, Stages
 from zeropoint.result import QuantizedModel

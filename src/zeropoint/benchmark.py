@@ -16,10 +16,10 @@ from zeropoint.core.errors import SpecError
 from zeropoint.core.processor import integer_dot_product
 from zeropoint.graph.capture import capture_in_eval_mode, is_exported, require_exported
 from zeropoint.graph.inputs import free_sizes, inputs_for, with_free_sizes
-from zeropoint.report.benchmark import Benchmark, FileFigures
-from zeropoint.report.borders import borders_of
 from zeropoint.report.record import require_unprepared
-from zeropoint.report.work import node_work
+from zeropoint.report.speed.benchmark import Benchmark, FileFigures
+from zeropoint.report.speed.borders import borders_of
+from zeropoint.report.speed.work import node_work
 from zeropoint.runtime.measure import Measurement, measure
 
 WHERE = "bench"

@@ -19,11 +19,11 @@ from zeropoint.graph.capture import require_exported
 from zeropoint.graph.copies import copy_graph
 from zeropoint.graph.inputs import inputs_for
 from zeropoint.graph.observers import has_observers
-from zeropoint.report.benchmark import Benchmark
-from zeropoint.report.page import EXTRA, Facts, page
-from zeropoint.report.ranges import ActivationRange, activation_ranges
+from zeropoint.report.compare.site_table import Comparison
+from zeropoint.report.page.page import EXTRA, Facts, page
+from zeropoint.report.page.ranges import ActivationRange, activation_ranges
 from zeropoint.report.record import record_of
-from zeropoint.report.site_table import Comparison
+from zeropoint.report.speed.benchmark import Benchmark
 from zeropoint.report.summary import decibels
 from zeropoint.runtime.verify import Verification
 

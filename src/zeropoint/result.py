@@ -14,12 +14,12 @@ from zeropoint.core.files import write_atomically
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
 from zeropoint.report.accuracy import AccuracyWork, accuracy_line
 from zeropoint.report.coverage import CoverageRow
-from zeropoint.report.ranges import ActivationRange
+from zeropoint.report.page.ranges import ActivationRange
 from zeropoint.report.record import Record
-from zeropoint.report.speed import speed_note, work_of
+from zeropoint.report.speed.speed import speed_note, work_of
 from zeropoint.report.summary import bias_lines, coverage_lines, decibels, size_line
 from zeropoint.report.tensors import float_weight_lines, quantized_tensors
-from zeropoint.report.training import Training
+from zeropoint.report.trained.training import Training
 from zeropoint.reporting import agreement_text, write_report
 from zeropoint.runtime.verify import Verification
 

@@ -21,10 +21,10 @@ from zeropoint.graph.observers import is_fake_quantizer
 from zeropoint.graph.within import graphs_within
 from zeropoint.numerics.observers.state import MARK
 from zeropoint.report.accuracy import AccuracyWork
-from zeropoint.report.check_convert import ConvertCheck, check_convert
 from zeropoint.report.record import record_of
 from zeropoint.report.stages import Stages
-from zeropoint.report.training import EVALUATE, FIT, Training, decide, fit_to
+from zeropoint.report.trained.check_convert import ConvertCheck, check_convert
+from zeropoint.report.trained.training import EVALUATE, FIT, Training, decide, fit_to
 from zeropoint.result import QuantizedModel
 from zeropoint.workflow import convert_pt2e, prepare_qat_pt2e
 

@@ -17,7 +17,7 @@ from zeropoint.graph.batch_norms import BATCH_NORMS, is_in_train_mode
 from zeropoint.numerics.fake_quantize import FakeQuantize
 from zeropoint.numerics.learnable_fake_quantize import LearnableFakeQuantize, enable_range_learning
 from zeropoint.numerics.observers import MovingAverageMinMaxObserver
-from zeropoint.report.check_convert import check_convert
+from zeropoint.report.trained.check_convert import check_convert
 from zeropoint.workflow import convert_pt2e, prepare_qat_pt2e
 
 SIZES = (4, 3, 6, 6)

@@ -16,7 +16,7 @@ from zeropoint.cli.app import app
 from zeropoint.cli.cure_rules import lines_of, rules_of
 from zeropoint.cli.schema import read_toml
 from zeropoint.cli.settings import RuleSettings, Settings
-from zeropoint.report.cures import Cure
+from zeropoint.report.compare.cures import Cure
 
 COMPARE = ("compare", "model.pt2", "--data", "data.npz")
 QUANTIZE = ("quantize", "model.pt2", "--data", "data.npz")

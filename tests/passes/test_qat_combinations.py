@@ -19,7 +19,7 @@ from zeropoint.graph.batch_norms import BATCH_NORMS
 from zeropoint.numerics import ops
 from zeropoint.numerics.fake_quantize import disable_fake_quant
 from zeropoint.passes.qat_batch_norm import groups_in
-from zeropoint.report.check_convert import check_convert
+from zeropoint.report.trained.check_convert import check_convert
 from zeropoint.workflow import convert_pt2e, prepare_qat_pt2e
 
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

@@ -10,7 +10,7 @@ from torch import nn
 from zeropoint.graph.batch_norms import BATCH_NORMS
 from zeropoint.graph.control_flow import AS_OPERATORS, IN_PYTHON
 from zeropoint.numerics.fake_quantize import disable_fake_quant, disable_observer
-from zeropoint.report.check_convert import check_convert
+from zeropoint.report.trained.check_convert import check_convert
 from zeropoint.workflow import convert_pt2e, prepare_qat_pt2e
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from zeropoint.core import processor
-from zeropoint.report.benchmark import Benchmark, FileFigures
-from zeropoint.report.borders import Borders, FloatGroup
-from zeropoint.report.work import NodeWork
+from zeropoint.report.speed.benchmark import Benchmark, FileFigures
+from zeropoint.report.speed.borders import Borders, FloatGroup
+from zeropoint.report.speed.work import NodeWork
 
 FLOATS = FileFigures(4000, (0.010, 0.012, 0.011, 0.010, 0.030), 9_000_000, 1, ())
 OURS = FileFigures(1100, (0.004, 0.006, 0.004, 0.005, 0.010), 3_000_000, 1, ())

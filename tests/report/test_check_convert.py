@@ -20,8 +20,8 @@ from zeropoint.graph.layers import LAYERS
 from zeropoint.numerics.fake_quantize import FakeQuantize, disable_fake_quant
 from zeropoint.numerics.learnable_fake_quantize import LearnableFakeQuantize, enable_range_learning
 from zeropoint.numerics.observers import MinMaxObserver, MovingAverageMinMaxObserver, PerGroupMinMaxObserver
-from zeropoint.report.check_convert import ConvertCheck, check_convert
-from zeropoint.report.site_values import steps_apart
+from zeropoint.report.trained.check_convert import ConvertCheck, check_convert
+from zeropoint.report.trained.site_values import steps_apart
 from zeropoint.workflow import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
 OURS = ByHand(qat.qat)

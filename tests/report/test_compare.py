@@ -15,7 +15,7 @@ from zeropoint.core.errors import CalibrationError, ComparisonError, NonFiniteEr
 from zeropoint.numerics.granularity import PerBlock, PerTensor
 from zeropoint.numerics.mapping import MappingType
 from zeropoint.numerics.observers import AffineQuantizedMinMaxObserver
-from zeropoint.report.cures import Cure
+from zeropoint.report.compare.cures import Cure
 
 
 def quantizer(**options):

@@ -13,7 +13,7 @@ import zeropoint as zp
 from tests import models
 from tests.models import Applied, export
 from zeropoint.backends.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config
-from zeropoint.report.drawing import HEIGHT, WIDTH, drawing_of
+from zeropoint.report.page.drawing import HEIGHT, WIDTH, drawing_of
 
 INT8 = get_symmetric_quantization_config(is_per_channel=True)
 

@@ -17,12 +17,12 @@ from tests.models import Applied, export
 from tests.report.browser import CHROMIUM, Browser
 from zeropoint.backends.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config
 from zeropoint.core.errors import CalibrationError, CaptureError, FileError, MissingExtraError, SpecError
-from zeropoint.report.benchmark import Benchmark, FileFigures
-from zeropoint.report.borders import borders_of
-from zeropoint.report.convergence import Convergence
-from zeropoint.report.page import _json
-from zeropoint.report.site_table import Comparison, SiteRow
-from zeropoint.report.work import node_work
+from zeropoint.report.compare.convergence import Convergence
+from zeropoint.report.compare.site_table import Comparison, SiteRow
+from zeropoint.report.page.page import _json
+from zeropoint.report.speed.benchmark import Benchmark, FileFigures
+from zeropoint.report.speed.borders import borders_of
+from zeropoint.report.speed.work import node_work
 
 pytest.importorskip("jinja2")
 pytest.importorskip("plotly")

@@ -12,7 +12,7 @@ from tests.models import Applied, export
 from zeropoint.backends.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config
 from zeropoint.numerics.granularity import PerAxis, PerGroup
 from zeropoint.numerics.quantized_tensor import QuantizedTensor
-from zeropoint.report.ranges import INSIDE, MOST_CHANNELS, OUTSIDE, activation_ranges, weight_channels
+from zeropoint.report.page.ranges import INSIDE, MOST_CHANNELS, OUTSIDE, activation_ranges, weight_channels
 
 INT8 = get_symmetric_quantization_config(is_per_channel=True)
 

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from zeropoint.report.compared_sites import Sums
-from zeropoint.report.site_samples import SiteSample, add_samples
+from zeropoint.report.compare.compared_sites import Sums
+from zeropoint.report.compare.site_samples import SiteSample, add_samples
 
 
 def sample(seed: int, size: int, bits: int = 8, spoiled: float | None = None) -> SiteSample:

@@ -10,7 +10,7 @@ from torch import nn
 import zeropoint as zp
 from zeropoint.backends.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config
 from zeropoint.core import processor
-from zeropoint.report.speed import Work, speed_note, work_of
+from zeropoint.report.speed.speed import Work, speed_note, work_of
 
 DEPTHWISE = Work(900, 100, 2, 3)
 

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import zeropoint as zp
 from tests.models import Applied, export
 from zeropoint.backends.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config
-from zeropoint.report.borders import Borders, FloatGroup, borders_of
-from zeropoint.report.work import node_work
+from zeropoint.report.speed.borders import Borders, FloatGroup, borders_of
+from zeropoint.report.speed.work import node_work
 
 INT8 = get_symmetric_quantization_config(is_per_channel=True)
 DYNAMIC = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)

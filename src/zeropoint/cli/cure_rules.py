@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from zeropoint.cli.schema import to_toml
 from zeropoint.cli.settings import RuleSettings, Settings
-from zeropoint.report.cures import Cure
+from zeropoint.report.compare.cures import Cure
 
 
 def rules_of(cures: Iterable[Cure], settings: Settings) -> tuple[RuleSettings, ...]:

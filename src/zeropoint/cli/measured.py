@@ -13,9 +13,9 @@ from zeropoint.cli.job import Job
 from zeropoint.cli.output import StageBar, note
 from zeropoint.cli.settings import Settings
 from zeropoint.core.errors import ComparisonError
-from zeropoint.report.benchmark import Benchmark
-from zeropoint.report.compare import compare
-from zeropoint.report.site_table import Comparison
+from zeropoint.report.compare.compare import compare
+from zeropoint.report.compare.site_table import Comparison
+from zeropoint.report.speed.benchmark import Benchmark
 from zeropoint.reporting import write_report
 
 KINDS = "a folder of pictures, an .npz or .safetensors file, package.module:callable, or the word random"

@@ -17,7 +17,7 @@ from zeropoint.core.errors import LoweringError
 from zeropoint.graph.bind import argument, reads
 from zeropoint.graph.source import describe, operator_name
 from zeropoint.numerics import ops
-from zeropoint.report.borders import FloatGroup, float_groups
+from zeropoint.report.speed.borders import FloatGroup, float_groups
 
 SHOWN = 20
 """Lines of each kind in the text; the data has all."""

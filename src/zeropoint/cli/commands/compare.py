@@ -33,7 +33,7 @@ from zeropoint.cli.schema import to_toml
 from zeropoint.cli.settings import RuleSettings
 from zeropoint.core.extras import require_extra
 from zeropoint.core.files import write_atomically
-from zeropoint.report.site_table import SHOWN, Comparison
+from zeropoint.report.compare.site_table import SHOWN, Comparison
 
 Rules = tuple[RuleSettings, ...]
 

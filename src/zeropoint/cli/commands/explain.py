@@ -23,8 +23,8 @@ from zeropoint.cli.options import (
     settings_of,
 )
 from zeropoint.cli.output import StageBar, only_results, write_json, write_text
-from zeropoint.report.explain import explain as explain_model
-from zeropoint.report.explanation import Explanation
+from zeropoint.report.explain.explain import explain as explain_model
+from zeropoint.report.explain.explanation import Explanation
 
 
 def explain(

@@ -39,9 +39,9 @@ from zeropoint.cli.output_folder import check_free, written_whole
 from zeropoint.cli.schema import to_toml
 from zeropoint.cli.settings import CheckSettings, Settings
 from zeropoint.core.extras import require_extra
-from zeropoint.report.explain import explain
-from zeropoint.report.explanation import Explanation
-from zeropoint.report.speed import speed_note, work_of
+from zeropoint.report.explain.explain import explain
+from zeropoint.report.explain.explanation import Explanation
+from zeropoint.report.speed.speed import speed_note, work_of
 from zeropoint.reporting import require_packages
 
 

@@ -10,8 +10,8 @@ from torch.fx import Node
 
 from zeropoint.graph.bind import bind
 from zeropoint.numerics import ops
-from zeropoint.report.compared_sites import Site, Sums
-from zeropoint.report.lockstep import Lockstep, attribute
+from zeropoint.report.compare.compared_sites import Site, Sums
+from zeropoint.report.compare.lockstep import Lockstep, attribute
 
 WIDE = 8.0
 """A channel whose largest value is so many times the median one's makes the scale too coarse for the others."""

@@ -23,10 +23,10 @@ from zeropoint.passes.body_parameters import bring_in_parameters
 from zeropoint.passes.canonicalize import canonicalize
 from zeropoint.passes.fold_batch_norm import fold_batch_norm
 from zeropoint.report.coverage import coverage
-from zeropoint.report.explain_plan import explained, gone_nodes, matched_rules, shared_tensors, snapshot
-from zeropoint.report.explain_prepared import PreparedSites, explain_prepared
-from zeropoint.report.explanation import Explanation
-from zeropoint.report.member_ranges import measure
+from zeropoint.report.explain.explain_plan import explained, gone_nodes, matched_rules, shared_tensors, snapshot
+from zeropoint.report.explain.explain_prepared import PreparedSites, explain_prepared
+from zeropoint.report.explain.explanation import Explanation
+from zeropoint.report.explain.member_ranges import measure
 from zeropoint.report.record import require_unprepared
 
 WHERE = "explain"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from zeropoint.core.plain import plain
-from zeropoint.report.convergence import Convergence
-from zeropoint.report.cures import Cure
+from zeropoint.report.compare.convergence import Convergence
+from zeropoint.report.compare.cures import Cure
 
 SHOWN = 10
 """Rows of the printed tables."""

@@ -16,11 +16,11 @@ from zeropoint.core.errors import ComparisonError
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.observers import has_observers
 from zeropoint.graph.within import graphs_within
-from zeropoint.report.compare_run import Comparing
+from zeropoint.report.compare.compare_run import Comparing
+from zeropoint.report.compare.site_table import Comparison
+from zeropoint.report.compare.twin import WHERE
 from zeropoint.report.conversions import is_dequantize
 from zeropoint.report.record import record_of
-from zeropoint.report.site_table import Comparison
-from zeropoint.report.twin import WHERE
 
 
 def compare(

@@ -11,9 +11,9 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from zeropoint.core.dtypes import is_float
-from zeropoint.report.compared_sites import Seen, Site, SiteWatch, power
-from zeropoint.report.lockstep import Lockstep
-from zeropoint.report.node_errors import NodeErrors, is_computed_anew
+from zeropoint.report.compare.compared_sites import Seen, Site, SiteWatch, power
+from zeropoint.report.compare.lockstep import Lockstep
+from zeropoint.report.compare.node_errors import NodeErrors, is_computed_anew
 
 
 class NoiseAtOutput:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zeropoint.report.explanation import ExplainedNode, Explanation, GoneNode, ScaleGroup
+    from zeropoint.report.explain.explanation import ExplainedNode, Explanation, GoneNode, ScaleGroup
 
 IN_DEPTH = 6
 """An explanation of as many nodes shows each in depth."""

@@ -26,7 +26,7 @@ from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.passes.convert import SITE_KEY
 from zeropoint.passes.qparams_of import saw_nothing
 from zeropoint.report.record import record_of
-from zeropoint.report.site_values import ConvertedRun, PreparedRun, SiteValue, output_scale, steps_apart
+from zeropoint.report.trained.site_values import ConvertedRun, PreparedRun, SiteValue, output_scale, steps_apart
 
 WHERE = "check_convert"
 ONE_STEP = 1.001

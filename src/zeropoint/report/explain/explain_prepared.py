@@ -16,9 +16,9 @@ from zeropoint.graph.graph_pass import graphs_of
 from zeropoint.graph.observers import observer_of
 from zeropoint.graph.source import module_path, operator_name, source_line
 from zeropoint.report.coverage import NOT_ANNOTATED, CoverageRow, compute_nodes
-from zeropoint.report.explain_plan import Graph, explained_node
-from zeropoint.report.explanation import ExplainedNode, Member, ScaleGroup, Tensor
-from zeropoint.report.member_ranges import Ranges
+from zeropoint.report.explain.explain_plan import Graph, explained_node
+from zeropoint.report.explain.explanation import ExplainedNode, Member, ScaleGroup, Tensor
+from zeropoint.report.explain.member_ranges import Ranges
 from zeropoint.report.record import record_of
 
 

@@ -14,17 +14,17 @@ from torch.fx import GraphModule
 from zeropoint.core.extras import import_extra
 from zeropoint.core.plain import plain
 from zeropoint.report.accuracy import AccuracyWork
-from zeropoint.report.benchmark import Benchmark
+from zeropoint.report.compare.site_table import Comparison
 from zeropoint.report.coverage import quantized_count
-from zeropoint.report.drawing import drawing_of
-from zeropoint.report.page_tables import about, operator_table, site_table
-from zeropoint.report.ranges import ActivationRange, weight_channels
+from zeropoint.report.page.drawing import drawing_of
+from zeropoint.report.page.page_tables import about, operator_table, site_table
+from zeropoint.report.page.ranges import ActivationRange, weight_channels
 from zeropoint.report.record import record_of
-from zeropoint.report.site_table import Comparison
-from zeropoint.report.speed import speed_note, work_of
+from zeropoint.report.speed.benchmark import Benchmark
+from zeropoint.report.speed.speed import speed_note, work_of
+from zeropoint.report.speed.work import NodeWork, node_work
 from zeropoint.report.summary import bias_lines, decibels
 from zeropoint.report.tensors import float_weight_lines, quantized_tensors
-from zeropoint.report.work import NodeWork, node_work
 
 EXTRA = "report"
 UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
@@ -76,7 +76,7 @@ def page(facts: Facts) -> str:
     plotly = import_extra("plotly.offline", EXTRA)
     work = node_work(facts.model)
     environment = jinja.Environment(
-        loader=jinja.PackageLoader("zeropoint.report"), autoescape=True, undefined=jinja.StrictUndefined
+        loader=jinja.PackageLoader("zeropoint.report.page"), autoescape=True, undefined=jinja.StrictUndefined
     )
     return environment.get_template("page.html").render(
         _context(facts, work),

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from zeropoint.report.borders import Borders
-from zeropoint.report.slowness import reasons
+from zeropoint.report.speed.borders import Borders
+from zeropoint.report.speed.slowness import reasons
+from zeropoint.report.speed.work import NodeWork, integer_and_float
 from zeropoint.report.summary import size_line
-from zeropoint.report.work import NodeWork, integer_and_float
 
 NO_GAIN = 0.9
 """From this share of the float time on, the quantized file counts as not faster."""

@@ -21,7 +21,7 @@ from zeropoint.graph.inputs import inputs_for
 from zeropoint.graph.observers import has_observers
 from zeropoint.graph.source import module_path, operator_name, source_line
 from zeropoint.numerics.sqnr import sqnr_db
-from zeropoint.report.compared_sites import (
+from zeropoint.report.compare.compared_sites import (
     Seen,
     Site,
     SiteWatch,
@@ -31,16 +31,16 @@ from zeropoint.report.compared_sites import (
     some_along,
     some_of,
 )
-from zeropoint.report.convergence import Convergence, RangeConvergence, range_convergence
+from zeropoint.report.compare.convergence import Convergence, RangeConvergence, range_convergence
+from zeropoint.report.compare.cures import SMALLEST_GAIN_DB, Cures, Patient, channels_of, find_cures, mean_db
+from zeropoint.report.compare.lockstep import Lockstep
+from zeropoint.report.compare.node_errors import ErrorSums, NodeErrors, parts_db
+from zeropoint.report.compare.site_gains import NoiseAtOutput
+from zeropoint.report.compare.site_reasons import Spread, channel_spread, grid_of, reason, spread_scale
+from zeropoint.report.compare.site_samples import SiteSample, add_samples
+from zeropoint.report.compare.site_table import Comparison, NodeRow, SiteRow
+from zeropoint.report.compare.twin import WHERE, float_constants, folded, with_values
 from zeropoint.report.conversions import is_dequantize
-from zeropoint.report.cures import SMALLEST_GAIN_DB, Cures, Patient, channels_of, find_cures, mean_db
-from zeropoint.report.lockstep import Lockstep
-from zeropoint.report.node_errors import ErrorSums, NodeErrors, parts_db
-from zeropoint.report.site_gains import NoiseAtOutput
-from zeropoint.report.site_reasons import Spread, channel_spread, grid_of, reason, spread_scale
-from zeropoint.report.site_samples import SiteSample, add_samples
-from zeropoint.report.site_table import Comparison, NodeRow, SiteRow
-from zeropoint.report.twin import WHERE, float_constants, folded, with_values
 
 STUDIED = 16
 """One batch of so many, the first too, is differentiated, and its operators computed on mixed inputs."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from zeropoint.report.compared_sites import CLIPPED_STEPS, Sums
+from zeropoint.report.compare.compared_sites import CLIPPED_STEPS, Sums
 
 
 @dataclass(frozen=True, eq=False, slots=True)

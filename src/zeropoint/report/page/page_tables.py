@@ -14,13 +14,13 @@ from zeropoint.graph.bind import bind
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.source import module_path, operator_name, source_line
 from zeropoint.report.accuracy import AccuracyWork
+from zeropoint.report.compare.site_table import Comparison, SiteRow
 from zeropoint.report.conversions import is_conversion, is_dequantize, is_quantize
 from zeropoint.report.coverage import CoverageRow, compute_nodes
-from zeropoint.report.environment import environment
 from zeropoint.report.operator_table import integer_nodes
+from zeropoint.report.page.environment import environment
 from zeropoint.report.record import record_of
-from zeropoint.report.site_table import Comparison, SiteRow
-from zeropoint.report.work import NodeWork
+from zeropoint.report.speed.work import NodeWork
 
 SITES = (
     "site", "kind", "gain (dB)", "noise", "SQNR (dB)", "own (dB)", "why", "clipped", "unused codes", "cosine", "scale",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from zeropoint.report.borders import Borders
-from zeropoint.report.speed import processor_notes
-from zeropoint.report.work import NodeWork, integer_and_float
+from zeropoint.report.speed.borders import Borders
+from zeropoint.report.speed.speed import processor_notes
+from zeropoint.report.speed.work import NodeWork, integer_and_float
 
 SMALL_MS = 0.2
 """Below it, a call of the runtime and starting its threads is much of the time."""

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from zeropoint.graph.copies import copy_graph
-from zeropoint.report.check_convert import ConvertCheck
+from zeropoint.report.trained.check_convert import ConvertCheck
 
 EVALUATE = "evaluate"
 FIT = "dB of fit to the float model"

@@ -19,8 +19,8 @@ from zeropoint.graph.compat import is_tensor_value
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.source import EXPORTED_KEY, module_stack, operator_name, source_line
 from zeropoint.report.coverage import CoverageRow, compute_nodes
-from zeropoint.report.explanation import ExplainedNode, GoneNode, MatchedRule, Member, ScaleGroup, Tensor
-from zeropoint.report.member_ranges import Ranges
+from zeropoint.report.explain.explanation import ExplainedNode, GoneNode, MatchedRule, Member, ScaleGroup, Tensor
+from zeropoint.report.explain.member_ranges import Ranges
 
 DID_NOTHING = "it changes no value, and is left out"
 NOT_NEEDED = "it is part of other operators now, or nothing needs it"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from zeropoint.core.processor import has_integer_dot_product
-from zeropoint.report.borders import borders_of
-from zeropoint.report.work import integer_and_float, node_work
+from zeropoint.report.speed.borders import borders_of
+from zeropoint.report.speed.work import integer_and_float, node_work
 
 
 @dataclass(frozen=True, slots=True)

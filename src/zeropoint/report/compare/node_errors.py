@@ -12,8 +12,8 @@ from zeropoint.core.dtypes import is_float
 from zeropoint.graph.compat import OpOverload
 from zeropoint.graph.layers import CONVOLUTIONS, LAYERS, LINEAR, TRANSPOSED
 from zeropoint.graph.schema import schema_of
-from zeropoint.report.compared_sites import Seen, Site, Sums, decibels, power, some_of
-from zeropoint.report.lockstep import Lockstep
+from zeropoint.report.compare.compared_sites import Seen, Site, Sums, decibels, power, some_of
+from zeropoint.report.compare.lockstep import Lockstep
 
 MOST_VALUES = 2**14
 """So many values of what an operator returns are compared in each batch."""

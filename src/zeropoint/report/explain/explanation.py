@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from zeropoint.annotate.rules import matches
 from zeropoint.core.errors import RuleError, StaysFloatError, UnknownNameError
 from zeropoint.core.plain import plain
-from zeropoint.report import explain_text
+from zeropoint.report.explain import explain_text
 
 SHOWN = 20
 """Nodes that an error names."""

@@ -22,9 +22,9 @@ from zeropoint.graph.layers import groups_of as groups_of_layer
 from zeropoint.graph.source import module_path, module_stack
 from zeropoint.numerics import ops
 from zeropoint.numerics.qparams import choose_qparams
-from zeropoint.report.compared_sites import Site, Sums, chain_of
-from zeropoint.report.lockstep import Lockstep
-from zeropoint.report.work import is_integer_layer, multiply_accumulates
+from zeropoint.report.compare.compared_sites import Site, Sums, chain_of
+from zeropoint.report.compare.lockstep import Lockstep
+from zeropoint.report.speed.work import is_integer_layer, multiply_accumulates
 
 Kind = Literal["per_channel", "float"]
 MOST_DB = 120.0

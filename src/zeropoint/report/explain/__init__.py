@@ -1,0 +1,1 @@
+"""What a quantizer makes of a model, operator by operator, and why."""
