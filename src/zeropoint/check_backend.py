@@ -10,9 +10,9 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.quantizer import Quantizer
-from zeropoint.core.errors import CalibrationError, SpecError
+from zeropoint.core.errors import CalibrationError, NonFiniteError, SpecError
 from zeropoint.graph.attributes import get_attribute
-from zeropoint.graph.capture import capture_given, is_exported
+from zeropoint.graph.capture import capture, capture_given, is_exported
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.copies import copy_graph, deep_copy
 from zeropoint.graph.graph_pass import bodies
@@ -46,10 +46,12 @@ def check_backend(
         SpecError: the backend does not exist; a quantizer is missing, or is given for a model that is quantized.
         CaptureError: the model is not exported, and there are no example inputs.
         LoweringError: the model was annotated for another backend.
+        NonFiniteError: a constant, or what was calibrated, holds NaN or infinity.
     """
     if backend not in BACKENDS:
         remedy = f"Use one of: {', '.join(map(repr, BACKENDS))}."
         raise SpecError(f"backend={backend!r} is unknown", where=WHERE, remedy=remedy)
+    model = capture(model, ()) if isinstance(model, ExportedProgram) else model
     graph = model if isinstance(model, GraphModule) and is_exported(model) else None
     is_prepared = graph is not None and has_observers(graph)
     is_converted = graph is not None and any(node.target in ops.DEQUANTIZE_OPS for node in graph.graph.nodes)
@@ -68,6 +70,8 @@ def check_backend(
 def _examine_prepared(prepared: GraphModule) -> BackendCheck:
     try:
         return examine(convert_pt2e(deep_copy(prepared)), ranges_are_known=True)
+    except NonFiniteError:
+        raise
     except CalibrationError:
         return _examine_uncalibrated(deep_copy(prepared))
 

@@ -45,6 +45,15 @@ class Classes(nn.Module):
 def classes():
     return Classes(), (torch.randn(1, 3, 8, 8),)
 
+def deep():
+    return nn.Sequential(*[nn.Linear(8, 8) for _ in range(40)]), (torch.randn(1, 8),)
+
+def broken():
+    return {}["images"]
+
+def of_a_folder(folder):
+    return [folder]
+
 def uneven():
     yield from ((torch.randn(size, 3, 8, 8),) for size in (4, 4, 2))
 
@@ -255,6 +264,22 @@ def test_pictures_in_folders_of_classes(folder):
     torch.testing.assert_close(first[0][0], torch.from_numpy(expected.transpose(2, 0, 1).copy()).float())
     assert data.class_names == ("ant", "bee", "cat")
     assert sorted(label for batch in data.classes for label in batch) == [0, 1, 2]
+
+
+def test_functions_of_the_user_that_fail_say_what_they_raised(folder):
+    found = run("quantize", "user_model:build", "--data", "user_model:broken", "-o", "out", code=2).stderr
+    assert "user_model:broken: it raised KeyError: 'images'" in found
+    found = run("quantize", "user_model:build", "--data", "user_model:of_a_folder", "-o", "out", code=2).stderr
+    assert "it cannot be called without arguments" in found
+
+
+def test_a_reader_that_has_enough_ends_it_without_a_word(folder):
+    with started("explain", "user_model:deep", "--json") as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
 
 
 def test_samples_of_batches_of_several_sizes_are_counted(folder):

@@ -16,7 +16,7 @@ from zeropoint.backends.xnnpack import (
     get_symmetric_quantization_config,
     lower,
 )
-from zeropoint.core.errors import CaptureError, LoweringError, SpecError
+from zeropoint.core.errors import CaptureError, LoweringError, NonFiniteError, SpecError
 
 
 def quantizer() -> XNNPACKQuantizer:
@@ -121,3 +121,23 @@ def test_what_cannot_be_checked(gelu):
         zp.check_backend(module, None, inputs)
     with pytest.raises(CaptureError, match="Gelu is not exported"):
         zp.check_backend(module, quantizer())
+
+
+def test_an_exported_program_that_is_quantized(gelu):
+    module, inputs = gelu
+    prepared = zp.prepare_pt2e(torch.export.export(module, inputs).module(), quantizer())
+    prepared(*inputs)
+    program = torch.export.export(zp.convert_pt2e(prepared), inputs)
+    assert zp.check_backend(program).integer == 2
+    with pytest.raises(SpecError, match="the model is quantized already"):
+        zp.check_backend(program, quantizer())
+
+
+def test_a_model_that_holds_nan_is_no_model_without_data(gelu):
+    module, inputs = gelu
+    prepared = zp.prepare_pt2e(torch.export.export(module, inputs).module(), quantizer())
+    prepared(*inputs)
+    with torch.no_grad():
+        next(parameter for parameter in prepared.parameters() if parameter.dim() == 2)[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="NaN in this constant"):
+        zp.check_backend(prepared)

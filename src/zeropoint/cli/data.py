@@ -13,7 +13,7 @@ import torch
 from zeropoint.cli.array_files import read_arrays
 from zeropoint.cli.exits import UsageError
 from zeropoint.cli.pictures import Pictures
-from zeropoint.cli.python_names import find, is_python_name
+from zeropoint.cli.python_names import call, find, is_python_name
 from zeropoint.cli.settings import DataSettings
 from zeropoint.core.errors import CalibrationError
 
@@ -21,6 +21,7 @@ FORMS = (
     "Give a folder of pictures, an .npz or .safetensors file, package.module:callable, or the word random for random "
     "data, which tells nothing about accuracy."
 )
+YIELDED = "Let it yield tuples of the model's inputs."
 RANDOM = "random"
 RANDOM_BATCHES = 16
 
@@ -152,10 +153,10 @@ def _random_like(example: Any, generator: torch.Generator) -> Any:
 
 def _of_python(name: str, settings: DataSettings) -> Data:
     found = find(name)
-    made = found() if callable(found) else found
+    made = call(found, name, YIELDED) if callable(found) else found
     if isinstance(made, (str, bytes, dict, torch.Tensor)) or not isinstance(made, Iterable):
         what = f"it gives {type(made).__name__}, not batches"
-        raise UsageError(what, where=name, remedy="Let it yield tuples of the model's inputs.")
+        raise UsageError(what, where=name, remedy=YIELDED)
     batches: list[Any] = []
     sizes: list[int] = []
     for each in made:
@@ -165,7 +166,7 @@ def _of_python(name: str, settings: DataSettings) -> Data:
         if sum(sizes) >= settings.samples + settings.evaluate:
             break
     if not batches:
-        raise UsageError("it yields no batch", where=name, remedy="Let it yield tuples of the model's inputs.")
+        raise UsageError("it yields no batch", where=name, remedy=YIELDED)
     return _made(name, batches.__getitem__, sizes, settings)
 
 

@@ -78,6 +78,8 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             _end(code, f"{word}; nothing is left half written", show_trace=debug)
         except ZeropointError as error:
             _end(code_of(error), str(error), show_trace=debug)
+        except BrokenPipeError:
+            raise  # Who reads the results has enough, as ``head`` has: typer ends without a word.
         except Exception as error:
             hint = "" if debug else " This may be a defect of zeropoint: --debug shows where it happened."
             _end(Exit.FAILED, f"{type(error).__name__}: {str(error).strip()}.{hint}", show_trace=debug)

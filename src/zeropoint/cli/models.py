@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from zeropoint.cli.exits import UsageError
 from zeropoint.cli.pt2_file import load_pt2
-from zeropoint.cli.python_names import find, is_python_name
+from zeropoint.cli.python_names import call, find, is_python_name
 
 FORMS = "Give a .pt2 file of torch.export.save, or package.module:callable, which returns a module and its inputs."
 
@@ -75,7 +75,7 @@ def _made_by(found: Any, name: str) -> Model:
     """Returns the model that a name in Python stands for: a module, or what a function or class without arguments
     gives, a module alone or with its example inputs.
     """
-    made = found if isinstance(found, nn.Module) and not inspect.isclass(found) else _called(found, name)
+    made = found if isinstance(found, nn.Module) and not inspect.isclass(found) else call(found, name, FORMS)
     inputs = None
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], (nn.Module, ExportedProgram)):
         made, inputs = made
@@ -90,15 +90,3 @@ def _made_by(found: Any, name: str) -> Model:
         what = f"it gives {type(made).__name__}"
         raise UsageError(what, where=name, remedy="Let it return a torch.nn.Module, or (module, example_inputs).")
     return Model(name, made if isinstance(made, GraphModule) else made.eval(), inputs)
-
-
-def _called(found: Any, name: str) -> Any:
-    if not callable(found):
-        raise UsageError(f"it is {type(found).__name__}, which cannot be called", where=name, remedy=FORMS)
-    try:
-        inspect.signature(found).bind()
-    except TypeError as error:
-        raise UsageError(f"it cannot be called without arguments: {error}", where=name, remedy=FORMS) from error
-    except ValueError:  # It has no signature that is known.
-        pass
-    return found()

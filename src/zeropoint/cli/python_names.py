@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from zeropoint.cli.exits import UsageError
+from zeropoint.core.errors import ZeropointError
 
 FORM = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -42,5 +44,28 @@ def find(text: str) -> Any:
     return found
 
 
+def call(found: Any, where: str, remedy: str) -> Any:
+    """Returns what a user's function or class gives without arguments.
+
+    Raises:
+        UsageError: it cannot be called so, or raised something.
+    """
+    if not callable(found):
+        raise UsageError(f"it is {type(found).__name__}, which cannot be called", where=where, remedy=remedy)
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise UsageError(f"it cannot be called without arguments: {error}", where=where, remedy=remedy) from error
+    except ValueError:  # It has no signature that is known.
+        pass
+    try:
+        return found()
+    except ZeropointError:
+        raise
+    except Exception as error:
+        what = f"it raised {type(error).__name__}: {error}"
+        raise UsageError(what, where=where, remedy="--debug shows where.") from error
+
+
 def _names(found: Any) -> str:
-    return ", ".join(name for name in vars(found) if not name.startswith("_") and callable(getattr(found, name)))
+    return ", ".join(name for name in dir(found) if not name.startswith("_") and callable(getattr(found, name)))
