@@ -20,9 +20,13 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
+import zeropoint as zp
 from zeropoint.cli.app import app
+from zeropoint.cli.cure_rules import rules_of
 from zeropoint.cli.schema import read_toml, to_toml
-from zeropoint.cli.settings import Settings
+from zeropoint.cli.settings import RuleSettings, Settings
+from zeropoint.numerics.sqnr import sqnr_db
+from zeropoint.report.compare.cures import Cure
 
 MODULE = """
 import time
@@ -271,6 +275,37 @@ def test_functions_of_the_user_that_fail_say_what_they_raised(folder):
     assert "user_model:broken: it raised KeyError: 'images'" in found
     found = run("quantize", "user_model:build", "--data", "user_model:of_a_folder", "-o", "out", code=2).stderr
     assert "it cannot be called without arguments" in found
+
+
+@pytest.mark.parametrize(
+    ("weights", "scheme", "observer"),
+    [
+        ("per_channel", "static", "minmax"), ("per_channel", "static", "histogram"),
+        ("per_channel", "dynamic", "minmax"),
+        ("per_tensor", "static", "minmax"), ("per_tensor", "static", "histogram"),
+    ],
+)  # fmt: skip
+def test_small_weights_are_not_rounded_away(weights, scheme, observer):
+    from zeropoint.cli.quantizers import quantizer_of
+
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    with torch.no_grad():
+        for parameter in module[2].parameters():
+            parameter.mul_(1e-3)
+    x = torch.randn(64, 16)
+    quantizer = quantizer_of(Settings(weights=weights, scheme=scheme, observer=observer))
+    prepared = zp.prepare_pt2e(torch.export.export(module, (x,)).module(), quantizer)
+    prepared(x)
+    assert sqnr_db(module(x), zp.convert_pt2e(prepared)(x)) > 30
+
+
+def test_a_cure_keeps_the_scheme_of_the_rule_around():
+    rule = RuleSettings(module="encoder*", scheme="dynamic", weights="per_tensor")
+    cure = Cure("per_channel", ("encoder.0", "head"), (), 1.0, 0, 1.0)
+    assert [(each.module, each.scheme) for each in rules_of([cure], Settings(rules=(rule,)))] == [
+        ("encoder.0", "dynamic"), ("head", "static"),
+    ]  # fmt: skip
 
 
 def test_a_reader_that_has_enough_ends_it_without_a_word(folder):

@@ -48,8 +48,7 @@ class Rules:
 
     def of_module(self, path: str) -> Choice:
         """Returns the configuration that a module has by its name, by that of one around it, or as all have it."""
-        names = path.split(".")
-        for around in (".".join(names[:count]) for count in range(len(names), 0, -1)):
+        for around in paths_around(path):
             for pattern, config in reversed(self.by_module_name.items()):
                 if matches(around, pattern):
                     return config
@@ -194,6 +193,12 @@ def paths_of(stack: Stack) -> tuple[str, ...]:
         parts = path.split(".")
         paths.extend(".".join(parts[:length]) for length in range(len(parts), 0, -1))
     return tuple(dict.fromkeys(paths))
+
+
+def paths_around(path: str) -> Iterator[str]:
+    """Yields the path of a module, and those of the modules around it, the innermost first."""
+    names = path.split(".")
+    yield from (".".join(names[:count]) for count in range(len(names), 0, -1))
 
 
 def matches(path: str, pattern: str) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from zeropoint.annotate.rules import matches, paths_around
 from zeropoint.cli.schema import to_toml
-from zeropoint.cli.settings import RuleSettings, Settings
+from zeropoint.cli.settings import RuleSettings, Scheme, Settings
 from zeropoint.report.compare.cures import Cure
 
 
@@ -18,11 +19,20 @@ def rules_of(cures: Iterable[Cure], settings: Settings) -> tuple[RuleSettings, .
 def _rules(cure: Cure, settings: Settings) -> Iterator[RuleSettings]:
     """A scale for each channel keeps the scheme; the path of the model itself, which is empty, is ``*`` in a rule."""
     if cure.kind == "per_channel":
-        scheme = settings.scheme
-        yield from (RuleSettings(module=each or "*", scheme=scheme, weights="per_channel") for each in cure.modules)
+        for module in cure.modules:
+            yield RuleSettings(module=module or "*", scheme=_scheme_of(module, settings), weights="per_channel")
     else:
         yield from (RuleSettings(module=module) for module in cure.modules)
         yield from (RuleSettings(node=node) for node in cure.nodes)
+
+
+def _scheme_of(module: str, settings: Settings) -> Scheme:
+    """Returns the scheme that a module has by its path, by that of one around it, or as all have it."""
+    for path in paths_around(module):
+        for rule in reversed(settings.rules):
+            if rule.module and matches(path, rule.module):
+                return rule.scheme
+    return settings.scheme
 
 
 def with_rules(settings: Settings, rules: Iterable[RuleSettings]) -> Settings:

@@ -13,9 +13,11 @@ from zeropoint.backends.xnnpack import (
     get_default_quantization_config,
     get_symmetric_quantization_config,
 )
+from zeropoint.backends.xnnpack.config import FINE_EPS
 from zeropoint.cli.exits import UsageError
 from zeropoint.cli.settings import Scheme, Settings, Weights
 from zeropoint.core.configs import QuantizationConfig
+from zeropoint.core.specs import QuantizationSpec
 
 
 def quantizer_of(settings: Settings) -> XNNPACKQuantizer:
@@ -46,12 +48,25 @@ def _config(scheme: Scheme, weights: Weights, settings: Settings) -> Quantizatio
         case "float":
             return None
         case "dynamic":
-            return get_symmetric_quantization_config(is_per_channel=is_per_channel, is_dynamic=True)
+            return _with_fine_scales(get_symmetric_quantization_config(is_per_channel=is_per_channel, is_dynamic=True))
         case "static" if settings.observer == "histogram":
-            return get_symmetric_quantization_config(is_per_channel=is_per_channel)
+            return _with_fine_scales(get_symmetric_quantization_config(is_per_channel=is_per_channel))
         case "static":
+            per_tensor = _with_fine_scales(get_symmetric_quantization_config())
             config = get_default_quantization_config()
-            return config if is_per_channel else replace(config, weight=get_symmetric_quantization_config().weight)
+            return config if is_per_channel else replace(config, weight=per_tensor.weight)
+
+
+def _with_fine_scales(config: QuantizationConfig) -> QuantizationConfig:
+    """Returns a configuration whose scales may be as small as those of the default one."""
+    specs = [config.input_activation, config.output_activation, config.weight]
+    fine = [
+        replace(spec, observer_or_fake_quant_ctr=spec.observer_or_fake_quant_ctr.with_args(eps=FINE_EPS))
+        if isinstance(spec, QuantizationSpec) and not spec.is_dynamic
+        else spec
+        for spec in specs
+    ]
+    return replace(config, input_activation=fine[0], output_activation=fine[1], weight=fine[2])
 
 
 def _module_type(name: str) -> type | str:
