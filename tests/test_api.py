@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 
 import pytest
 import torch
@@ -114,6 +115,13 @@ def test_convolutions_of_one_sample_stay_float_and_the_file_is_right():
     assert "no batch; the kernel has 4" in next(row.reason for row in result.coverage if row.operator == "conv2d")
     assert result.verification is not None
     assert result.float_sqnr_db > 30
+
+
+def test_what_torch_warns_of_itself_is_not_shown():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        zp.quantize(nn.Sequential(nn.Linear(4, 8), nn.ReLU()).eval(), (torch.randn(2, 4),), [(torch.randn(2, 4),)])
+    assert not [each for each in seen if "treespec" in str(each.message)]
 
 
 def test_the_users_model_is_left_alone(monkeypatch):

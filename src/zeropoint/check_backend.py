@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.quantizer import Quantizer
 from zeropoint.core.errors import CalibrationError, SpecError
+from zeropoint.core.specs import PER_TENSOR
 from zeropoint.graph.attributes import get_attribute
 from zeropoint.graph.capture import capture_given, is_exported
 from zeropoint.graph.constants import constant_nodes
@@ -18,6 +19,7 @@ from zeropoint.graph.copies import copy_graph, deep_copy
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.observers import has_observers, observer_of
 from zeropoint.numerics import ops
+from zeropoint.passes.affine_blocks import affine_of
 from zeropoint.report.backend_check import BackendCheck, examine
 from zeropoint.workflow import convert_pt2e, prepare_pt2e
 
@@ -80,21 +82,23 @@ def _examine_uncalibrated(prepared: GraphModule) -> BackendCheck:
 
 
 def _make_up_ranges(model: GraphModule) -> None:
-    """Lets each observer see its constant, or the range from -1 to 1 in the shape of its tensor."""
+    """Lets each observer see its constant, or the range from -1 to 1."""
     for _, body in bodies(model):
         _make_up_ranges(body)
     constants = constant_nodes(model)
     for node in model.graph.nodes:
         observer = observer_of(model, node)
         if observer is not None:
-            observer(_value(model, node.args[0], constants))
+            observer(_value(model, node.args[0], constants, observer))
 
 
-def _value(model: GraphModule, read: Any, constants: set[Node]) -> torch.Tensor:
+def _value(model: GraphModule, read: Any, constants: set[Node], observer: Any) -> torch.Tensor:
     if read in constants and read.op == "get_attr":
         return get_attribute(model, str(read.target))
     value = read.meta["val"]
     shape = [size if isinstance(size, int) else 2 for size in value.shape]
+    if shape and getattr(observer, "qscheme", None) in PER_TENSOR and affine_of(observer) is None:
+        shape = [1] * (len(shape) - 1) + [2]  # Its range is that of any two values.
     made_up = torch.zeros(shape, dtype=value.dtype)
     made_up.view(-1)[:1], made_up.view(-1)[-1:] = -1, 1
     return made_up

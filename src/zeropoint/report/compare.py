@@ -28,7 +28,7 @@ def compare(
 ) -> Comparison:
     """Returns which sites of a quantized model cost its accuracy, why, and what to do.
 
-    Both models run in lock-step over the data; only four batches are kept. One batch in eight is also
+    Both models run in lock-step over the data; only four batches are kept. One batch in sixteen is also
     differentiated, which tells to first order how much of the noise at the outputs each site makes.
 
     Args:

@@ -38,10 +38,11 @@ from zeropoint.report.lockstep import Lockstep
 from zeropoint.report.node_errors import ErrorSums, NodeErrors, parts_db
 from zeropoint.report.site_gains import NoiseAtOutput
 from zeropoint.report.site_reasons import Spread, channel_spread, grid_of, reason, spread_scale
+from zeropoint.report.site_samples import SiteSample, add_samples
 from zeropoint.report.site_table import Comparison, NodeRow, SiteRow
 from zeropoint.report.twin import WHERE, float_constants, folded, with_values
 
-STUDIED = 8
+STUDIED = 16
 """One batch of so many, the first too, is differentiated, and its operators computed on mixed inputs."""
 MOST_VALUES = 2**13
 """So many values of an activation are looked at in each batch."""
@@ -74,6 +75,7 @@ class Comparing:
         self.kept: list[tuple[tuple[Any, ...], list[Any]]] = []
         self.spread: dict[Site, Spread] = {}
         self._random = random.Random(0)
+        self._samples: list[SiteSample] = []
         self.batches = 0
         self.expected: list[Any] = []
         self.is_known = True
@@ -120,6 +122,8 @@ class Comparing:
         else:
             with torch.no_grad():
                 outputs, actual = self.run.run(inputs, SiteWatch(self.sites, self._see_site))
+        add_samples(self._samples)
+        self._samples.clear()
         expected, found = pytree.tree_leaves(outputs), pytree.tree_leaves(actual)
         if index == 0:
             _require_one_network(self.expected, expected, INSIDE_DB if self._inside else SAME_GRAPH_DB)
@@ -150,17 +154,22 @@ class Comparing:
 
     def _add(self, site: Site, reference: torch.Tensor, seen: Seen) -> None:
         sums, scale = self.sums[site], self.scales.get(site)
-        before, after = seen.before, seen.after
         low, high = torch.aminmax(reference)
         sums.ranges.append((float(low), float(high)))
-        factor = 1
-        if scale is None or scale.numel() == 1:
-            reference, factor = some_of(reference, MOST_VALUES)
-            before, after = (some_of(each, MOST_VALUES)[0] for each in (before, after))
-        sums.add(reference, after, factor)
-        sums.add_own(before, after, scale, factor)
-        if scale is not None and scale.numel() == 1:
-            sums.add_codes((after / scale).round() + self.grids[site][1].to(after), *self.limits[site])
+        if scale is not None and scale.numel() > 1:
+            sums.add(reference, seen.after)
+            sums.add_own(seen.before, seen.after, scale)
+            return
+        (reference, factor), (before, _), (after, _) = (
+            some_of(each, MOST_VALUES) for each in (reference, seen.before, seen.after)
+        )
+        if scale is None:
+            sums.add(reference, after, factor)
+            sums.add_own(before, after, None, factor)
+            return
+        reference, before, after = (each.clone() for each in (reference, before, after))  # The wholes are not kept.
+        grid = float(scale), int(self.grids[site][1]), self.limits[site]
+        self._samples.append(SiteSample(sums, reference, before, after, factor, *grid))
 
     def _see_weights(self) -> None:
         for site in self.sites:

@@ -178,12 +178,16 @@ class Sums:
 
     def add_codes(self, integers: torch.Tensor, low: int, high: int) -> None:
         """Marks the codes that a tensor uses."""
+        some = some_of(integers, MOST_CODES)[0].to(torch.int64) - low
+        self.mark(some.clamp(0, high - low), low, high)
+
+    def mark(self, codes: torch.Tensor, low: int, high: int) -> None:
+        """Marks codes, int64, counted from the smallest integer."""
         if high - low >= MOST_CODES:
             return
         if self.codes is None:
             self.codes = torch.zeros(high - low + 1, dtype=torch.bool)
-        some = some_of(integers, MOST_CODES)[0].to(torch.int64) - low
-        self.codes |= torch.bincount(some.clamp(0, high - low).cpu(), minlength=high - low + 1) > 0
+        self.codes[codes.cpu()] = True
 
     @property
     def sqnr_db(self) -> float:

@@ -71,7 +71,7 @@ class SiteRow:
 class NodeRow:
     """A quantized operator, and where the error of its output comes from, before that is rounded itself.
 
-    It is measured on one batch in eight: ``sqnr_db`` on 2^14 evenly spread values of it, the parts of layers, and
+    It is measured on one batch in sixteen: ``sqnr_db`` on 2^14 evenly spread values of it, the parts of layers, and
     of operators on single values, on a quarter of the samples.
 
     Args:
