@@ -482,7 +482,9 @@ def test_a_quantizer_that_annotated_nothing(prepare, composed):
     module, inputs = models.linear()
     quantizer = by(lambda model: None)
     model = prepare(models.exported(models.linear), ComposableQuantizer([quantizer]) if composed else quantizer)
-    words = r"convert_pt2e: the quantizer annotated nothing .* stays float\. Give prepare_pt2e a quantizer that annotates"
+    words = (
+        r"convert_pt2e: the quantizer annotated nothing .* stays float\. Give prepare_pt2e a quantizer that annotates"
+    )
     with pytest.warns(UserWarning, match=words) as warned:
         result = convert_pt2e(model)
     assert warned[0].filename == __file__
