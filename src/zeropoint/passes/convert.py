@@ -226,6 +226,7 @@ class _Converter:
                     dequantized = node.graph.call_function(target, (quantized, *arguments), named)
                 self._set_value(dequantized, source, None)
                 dequantized.meta[SITE_KEY] = node.name
+                dequantized.meta["from_node"] = created_from(source, PASS)  # That is what it computes.
                 inherit(dequantized, reader if annotated else source, PASS)
                 give_tag(dequantized, asking((reader,), source) if annotated else None)
             others = others if annotated else dequantized
