@@ -41,8 +41,8 @@ RESULTS = """
 How many nodes are annotated, how many observers there are, and quantize and dequantize operators (q + dq); SQNR to the
 float network. Then torchao: its q + dq, how far its scales are from ours, SQNR between the two. Where scales differ by
 the last bits of a float, it is because zeropoint folds batch norm in double precision; a few values that then round to
-the next integer make 40 to 60 dB. Where a quantizer annotates nothing of a network, `convert_pt2e` says so, and torchao
-returns the float network; one that is composed of none (`CadenceNopQuantizer`) asks for a float network, and gets it.
+the next integer make 40 to 60 dB. Where a quantizer annotates nothing of a network, both return the float network, and
+zeropoint warns; one that is composed of none (`CadenceNopQuantizer`) asks for a float network.
 """
 LOWERED = """
 ## Lowered and run

@@ -144,8 +144,9 @@ def convert_pt2e(
 
     Raises:
         CalibrationError: an observer saw no data; names the tensor.
-        GraphError: the model has no observers: it was not prepared, nothing was annotated, or it is converted already.
-            Or torchao prepared it for training, with batch norm; what it prepared else is converted.
+        GraphError: the model has no observers: it was not prepared, or it is converted already. One of which nothing
+            was annotated stays float, with a warning. Or torchao prepared it for training, with batch norm; what it
+            prepared else is converted.
         SpecError: a flag is no bool.
     """
     require_bool("use_reference_representation", use_reference_representation, "convert_pt2e")

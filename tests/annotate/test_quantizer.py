@@ -97,6 +97,12 @@ def test_a_changed_annotation_names_both_quantizers(second, verb):
         prepare_pt2e(models.exported(models.mlp), composed)
 
 
+def test_a_program_that_catches_torchaos_error_catches_ours():
+    composed = ComposableQuantizer([Recording(aten.relu.default), Remover(aten.relu.default)])
+    with pytest.raises(RuntimeError, match="Remover removed"):
+        prepare_pt2e(models.exported(models.mlp), composed)
+
+
 def test_a_composed_quantizer_keeps_no_model():
     composed = ComposableQuantizer([Recording(aten.relu.default)])
     before = dict(vars(composed))

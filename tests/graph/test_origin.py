@@ -8,6 +8,7 @@ import quantizers
 import torch
 from torch import nn
 
+from zeropoint.graph.bind import argument
 from zeropoint.graph.origin import debug_info
 from zeropoint.workflow import convert_pt2e, prepare_pt2e
 
@@ -51,3 +52,30 @@ def test_what_lies_between_layer_and_batch_norm_is_no_node_of_the_program():
     prepared = prepare_pt2e(models.export(module.eval(), torch.randn(2, 3, 4, 4)), quantizers.STATIC)
     assert debug_info(models.find(prepared, "conv2d")) is None
     assert debug_info(models.find(prepared, "flatten")).name == "batch_norm"
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_is_computed_from_a_parameter_is_no_node_of_the_program(strict):
+    _, inputs = models.mlp()
+    prepared = prepare_pt2e(models.exported(models.mlp, strict=strict), quantizers.STATIC)
+    observers = [argument(models.find(prepared, "linear", i), "weight") for i in (0, 1)]
+    assert [debug_info(node) for node in observers] == [None, None]
+    prepared(*inputs)
+    converted = convert_pt2e(prepared)
+    weights = [argument(models.find(converted, "linear", i), "weight") for i in (0, 1)]
+    assert [debug_info(node) for weight in weights for node in (weight, weight.args[0])] == [None] * 4
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_each_value_is_observed_quantized_and_dequantized_as_itself(strict):
+    _, inputs = models.mlp()
+    prepared = prepare_pt2e(models.exported(models.mlp, strict=strict), quantizers.STATIC)
+    layers = [debug_info(models.find(prepared, "linear", i)) for i in (0, 1)]
+    assert [count(prepared, layer) for layer in layers] == [2, 2]
+    prepared(*inputs)
+    converted = convert_pt2e(prepared)
+    assert [count(converted, layer) for layer in layers] == [3, 3]
+
+
+def count(model, info):
+    return sum(debug_info(node) == info for node in model.graph.nodes)

@@ -2,9 +2,12 @@
 
 import models
 import quantizers
+import torch
+from torch.fx import Graph, GraphModule
 
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.passes.annotate import annotate
+from zeropoint.workflow import prepare_pt2e
 
 
 class Recording(quantizers.ByHand):
@@ -31,3 +34,15 @@ def test_all_is_transformed_before_anything_is_annotated():
     assert annotate(model, quantizer) is model
     assert quantizer.transformed == quantizer.annotated == [*parts, model]
     assert any(quantizers.KEY in node.meta for part in parts for node in part.graph.nodes)
+
+
+def test_a_transform_may_return_a_graph_without_an_output():
+    class Copying(quantizers.ByHand):
+        def transform_for_annotation(self, model):
+            graph = Graph()
+            graph.graph_copy(model.graph, {})
+            return GraphModule(model, graph)
+
+    prepared = prepare_pt2e(models.exported(models.linear), Copying(quantizers.static))
+    assert models.count(prepared, "linear") == 1
+    assert prepared(torch.randn(models.linear()[1][0].shape)) is None

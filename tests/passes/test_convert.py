@@ -476,10 +476,19 @@ def test_a_second_convert(which):
         convert_pt2e(again)
 
 
-def test_a_quantizer_that_annotated_nothing():
-    model = prepare_pt2e(models.exported(models.linear), quantizers.ByHand(lambda model: None))
-    with pytest.raises(GraphError, match=r"no observers: the quantizer annotated nothing.* Give prepare_pt2e a quanti"):
-        convert_pt2e(model)
+@pytest.mark.parametrize("prepare", [prepare_pt2e, prepare_qat_pt2e])
+@pytest.mark.parametrize("composed", [True, False])
+def test_a_quantizer_that_annotated_nothing(prepare, composed):
+    module, inputs = models.linear()
+    quantizer = by(lambda model: None)
+    model = prepare(models.exported(models.linear), ComposableQuantizer([quantizer]) if composed else quantizer)
+    words = (
+        r"convert_pt2e: the quantizer annotated nothing .* stays float\. Give prepare_pt2e a quantizer that annotates"
+    )
+    with pytest.warns(UserWarning, match=words) as warned:
+        result = convert_pt2e(model)
+    assert warned[0].filename == __file__
+    assert torch.equal(result(*inputs), module(*inputs))
 
 
 @pytest.mark.parametrize("prepare", [prepare_pt2e, prepare_qat_pt2e])
@@ -488,12 +497,6 @@ def test_a_quantizer_that_is_composed_of_none(prepare):
     result = convert_pt2e(prepare(models.exported(models.linear), ComposableQuantizer([])))
     assert not any(node.target in ops.DEQUANTIZE_OPS for node in result.graph.nodes)
     assert torch.equal(result(*inputs), module(*inputs))
-
-
-def test_a_composed_quantizer_of_which_none_annotated():
-    quantizer = ComposableQuantizer([quantizers.ByHand(lambda model: None)])
-    with pytest.raises(GraphError, match="no observers: the quantizer annotated nothing"):
-        convert_pt2e(prepare_pt2e(models.exported(models.linear), quantizer))
 
 
 def test_a_module_that_is_not_exported():

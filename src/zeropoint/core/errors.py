@@ -29,8 +29,11 @@ class SpecError(ZeropointError, ValueError):
     """A spec, configuration or numeric argument that cannot hold, found when it is built."""
 
 
-class AnnotationError(ZeropointError, ValueError):
-    """An annotation that contradicts the graph or another annotation."""
+class AnnotationError(ZeropointError, ValueError, RuntimeError):
+    """An annotation that contradicts the graph or another annotation.
+
+    Also the builtin that programs for torchao catch when one quantizer overrules another.
+    """
 
 
 class RuleError(ZeropointError, ValueError):

@@ -119,14 +119,16 @@ def recompile(model: GraphModule) -> None:
 def remove_dead_code(graph: Graph) -> None:
     """Erases the nodes that nothing reads and that have no side effect, as ``Graph.eliminate_dead_code`` does.
 
-    Of that function's lint, which takes longer than most passes, only the order of nodes is checked.
+    Of that function's lint, which takes longer than most passes, only the order of nodes is checked. In a graph without
+    an output, as a quantizer's ``transform_for_annotation`` may return it, nothing is dead.
 
     Raises:
         RuntimeError: a node is read before it is made; ``graph_pass`` adds the name of the pass.
     """
     seen: set[Node] = set()
+    has_output = any(node.op == "output" for node in graph.nodes)
     for node in reversed(graph.nodes):
-        if not node.users and not node.is_impure():
+        if has_output and not node.users and not node.is_impure():
             graph.erase_node(node)
             continue
         early = next((user for user in node.users if user not in seen), None)

@@ -25,11 +25,16 @@ class NodeSourceDebugInfo:
 
 
 def debug_info(node: Node) -> NodeSourceDebugInfo | None:
-    """Returns the first node that a node comes from; None for inputs, outputs, parameters and what has no history."""
+    """Returns the first node that a node comes from.
+
+    None for inputs, outputs, parameters, what was made of a parameter alone, and what has no history.
+    """
     history = node.meta.get(FROM_NODE_KEY)
-    if node.op in ("placeholder", "output") or not history or history[-1].pass_name == UNLIFTED:
+    if node.op in ("placeholder", "output") or not history:
         return None
     source = history[-1]
-    while source.from_node:
+    while source.pass_name != UNLIFTED and source.from_node:
         source = source.from_node[-1]
+    if source.pass_name == UNLIFTED:
+        return None
     return NodeSourceDebugInfo(source.name, source.graph_id)

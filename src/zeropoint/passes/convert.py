@@ -23,6 +23,7 @@ from zeropoint.numerics.scratch import LateWrites
 from zeropoint.passes.affine_blocks import affine_of, check_layout
 from zeropoint.passes.qparams_of import QParams, affine_saw_nothing, observe_constant, qparams_of
 from zeropoint.passes.run_time import PASS, check_run_time, quantize_at_run_time, to_half_and_back, value_dtype
+from zeropoint.passes.tags import asking, asks_for_output, give_tag
 
 Known = Callable[[GraphModule], dict[int, QParams]]
 SITE_KEY = "zeropoint_site"
@@ -136,12 +137,14 @@ class _Converter:
             case "float":
                 node.replace_all_uses_with(source)
             case "run time":
+                give_tag(node, asking(node.users, source))
                 quantize_at_run_time(node, source, observer).meta[SITE_KEY] = node.name
             case "static":
                 self._static(node, source, observer)
 
     def _static(self, node: Node, source: Node, observer: Any) -> None:
         qparams = self._qparams(source, observer)
+        give_tag(node, None)
         if source in self.constants and self.fold_constants(node):
             quantized = self._freeze(node, source, observer, qparams)
         else:
@@ -182,6 +185,7 @@ class _Converter:
             quantized = node.graph.call_function(target, (source, *arguments))
         self._set_value(quantized, source, qparams.dtype)
         inherit(quantized, source, PASS)
+        give_tag(quantized, source if source in self.constants or asks_for_output(source) else None)
         return quantized
 
     def _freeze(self, node: Node, source: Node, observer: Any, qparams: QParams) -> Node:
@@ -222,7 +226,9 @@ class _Converter:
                     dequantized = node.graph.call_function(target, (quantized, *arguments), named)
                 self._set_value(dequantized, source, None)
                 dequantized.meta[SITE_KEY] = node.name
+                dequantized.meta["from_node"] = created_from(source, PASS)  # That is what it computes.
                 inherit(dequantized, reader if annotated else source, PASS)
+                give_tag(dequantized, asking((reader,), source) if annotated else None)
             others = others if annotated else dequantized
             reader.replace_input_with(node, dequantized)
 

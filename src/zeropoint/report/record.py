@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -86,10 +87,13 @@ def require_unprepared(model: GraphModule, where: str) -> None:
 
 
 def require_prepared(model: GraphModule, where: str) -> None:
-    """Raises when the model has no observers, unless its quantizer is composed of none.
+    """Raises when the model has no observers, unless its quantizer annotated nothing.
+
+    That is warned of: a program for torchao may quantize each of its models with one configuration, also those that
+    hold nothing to quantize. A quantizer that is composed of none asked for it.
 
     Raises:
-        GraphError: says why it has none: it was not prepared, nothing was annotated, or it was converted before.
+        GraphError: says why it has none: it was not prepared, or it was converted before.
     """
     record = model.meta.get(RECORD_KEY)
     if has_observers(model) or getattr(record, "stays_float", False):
@@ -100,8 +104,10 @@ def require_prepared(model: GraphModule, where: str) -> None:
         why = "it was converted already"
         remedy = "Convert it once, and use the model that convert_pt2e returned."
     else:
-        why = "the quantizer annotated nothing when it was prepared"
+        what = "the quantizer annotated nothing when the model was prepared, which stays float"
         remedy = "Give prepare_pt2e a quantizer that annotates operators of the model."
+        warnings.warn(f"{where}: {what}. {remedy}", stacklevel=4)  # The caller of convert_pt2e, a pipeline.
+        return
     raise GraphError(f"the model has no observers: {why}", where=where, remedy=remedy)
 
 
