@@ -25,15 +25,26 @@ INHERITED = (
     EXPORTED_KEY,
 )
 """Metadata that a node passes on to the nodes that replace it."""
+MADE_BY = ("source_fn_stack", "torch_fn", "nn_module_stack")
+"""Of it, the function or module whose operators ``get_source_partitions`` takes for its pattern."""
+PLACE = tuple(key for key in INHERITED if key not in MADE_BY)
 
 
-def inherit(node: Node, origin: Node, pass_name: str) -> None:
+def inherit(node: Node, origin: Node, pass_name: str, keys: tuple[str, ...] = INHERITED) -> None:
     """Gives the node the origin's place in the user's program, where it has none of its own."""
-    for key in INHERITED:
+    for key in keys:
         if key in origin.meta and key not in node.meta:
             node.meta[key] = origin.meta[key]
     if "from_node" not in node.meta:
         node.meta["from_node"] = created_from(origin, pass_name)
+
+
+def inherit_place(node: Node, origin: Node, pass_name: str) -> None:
+    """Gives a node that stands before or after the origin its line of the user's program, not its function and module.
+
+    Passes of backends take all operators of a function for its pattern, and would find these in it.
+    """
+    inherit(node, origin, pass_name, PLACE)
 
 
 class Fakes:

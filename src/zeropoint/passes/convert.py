@@ -13,7 +13,7 @@ from zeropoint.core.dtypes import FLOAT8_DTYPES, INTEGER_DTYPES, check_dtype, pl
 from zeropoint.graph.attributes import Names, get_attribute
 from zeropoint.graph.compat import created_from
 from zeropoint.graph.constants import FLOAT_PATH_KEY, constant_nodes, evaluate, path_behind
-from zeropoint.graph.emit import Fakes, complete_values, inherit
+from zeropoint.graph.emit import Fakes, complete_values, inherit, inherit_place
 from zeropoint.graph.graph_pass import graph_pass
 from zeropoint.graph.observers import observer_of
 from zeropoint.graph.source import describe
@@ -184,7 +184,7 @@ class _Converter:
             arguments = self._arguments(node, qparams)
             quantized = node.graph.call_function(target, (source, *arguments))
         self._set_value(quantized, source, qparams.dtype)
-        inherit(quantized, source, PASS)
+        inherit_place(quantized, source, PASS)
         give_tag(quantized, source if source in self.constants or asks_for_output(source) else None)
         return quantized
 
@@ -227,7 +227,7 @@ class _Converter:
                 self._set_value(dequantized, source, None)
                 dequantized.meta[SITE_KEY] = node.name
                 dequantized.meta["from_node"] = created_from(source, PASS)  # That is what it computes.
-                inherit(dequantized, reader if annotated else source, PASS)
+                inherit_place(dequantized, reader if annotated else source, PASS)
                 give_tag(dequantized, asking((reader,), source) if annotated else None)
             others = others if annotated else dequantized
             reader.replace_input_with(node, dequantized)

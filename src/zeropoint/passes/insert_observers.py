@@ -14,7 +14,7 @@ from zeropoint.graph.attributes import Names, tensors_of
 from zeropoint.graph.bind import Site, reads, replace_read, source_of
 from zeropoint.graph.compat import created_from
 from zeropoint.graph.constants import attributes_behind, constant_nodes
-from zeropoint.graph.emit import inherit
+from zeropoint.graph.emit import inherit_place
 from zeropoint.graph.graph_pass import graph_pass
 from zeropoint.graph.layers import MOVES
 from zeropoint.graph.memory import Memory, shares_memory_with, written_by
@@ -134,7 +134,7 @@ class _Inserter:
         if "val" in source.meta:
             call.meta["val"] = source.meta["val"]
         call.meta["from_node"] = created_from(source, "insert_observers")
-        inherit(call, source, "insert_observers")
+        inherit_place(call, source, "insert_observers")
         self.calls[source, id(observer)], self.called[call] = call, observer
         return call
 

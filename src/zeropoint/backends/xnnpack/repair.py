@@ -15,15 +15,13 @@ from zeropoint.graph.batch_norms import BATCH_NORMS
 from zeropoint.graph.bias_grid import grid_of
 from zeropoint.graph.bind import argument, reads, replace_read, set_argument
 from zeropoint.graph.chains import sole_reader
-from zeropoint.graph.emit import Emitter
+from zeropoint.graph.emit import MADE_BY, Emitter
 from zeropoint.graph.graph_pass import graph_pass
 from zeropoint.graph.layers import CONVOLUTIONS, LAYERS, TRANSPOSED, pads_with_zero
 from zeropoint.numerics import ops
 
 aten = torch.ops.aten
 
-WRITTEN_AS = ("source_fn_stack", "torch_fn", "nn_module_stack")
-"""Metadata by which ExecuTorch would find the linear layer again, and make one of the product."""
 WEIGHT_ONLY = (ops.DEQUANTIZE_PER_TENSOR, ops.DEQUANTIZE_PER_CHANNEL)
 """Of weights that a portable kernel dequantizes; there is none for groups."""
 PACKED = (-8, 7)
@@ -161,7 +159,7 @@ def _product(node: Node, shape: list[int]) -> Node:
     columns = emit.call(aten.reshape.default, transposed, [1, inputs, outputs])
     batched = emit.call(aten.bmm.default, rows, columns)
     for made in (rows, transposed, columns, batched):
-        for key in WRITTEN_AS:
+        for key in MADE_BY:  # ExecuTorch would find the linear layer again by it, and make one of the product.
             made.meta.pop(key, None)
     product = emit.call(aten.reshape.default, batched, shape)
     return product if bias is None else emit.call(aten.add.Tensor, product, bias)
