@@ -371,7 +371,8 @@ def test_an_interruption_between_two_renames_keeps_the_old_folder(folder, monkey
 
 def started(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "zeropoint", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  A run in the background is deaf to it.
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
 
 
 @pytest.mark.parametrize(
