@@ -64,7 +64,7 @@ def measured(name: str, batches: int) -> dict[str, float]:
 def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    arguments.add_argument("--batches", type=int, default=8)
+    arguments.add_argument("--batches", type=int, default=16)
     options = arguments.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
