@@ -369,10 +369,14 @@ def test_an_interruption_between_two_renames_keeps_the_old_folder(folder, monkey
     assert [name for name in os.listdir() if "out" in name] == ["out"]
 
 
+def hear() -> None:
+    """Lets a process be interrupted: one that is started by a run in the background is deaf to that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def started(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "zeropoint", *arguments]
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  A run in the background is deaf to it.
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
 
 
 @pytest.mark.parametrize(
