@@ -35,7 +35,7 @@ def scratch(size: int, dtype: torch.dtype) -> torch.Tensor:
     if kept is None or kept.numel() < size:
         with torch.inference_mode(False):  # One made in inference mode could not be written to outside of it.
             kept = _kept.tensors[dtype] = torch.empty(size, dtype=dtype, device="cpu")
-    return kept[:size]
+    return kept.narrow(0, 0, size)
 
 
 class LateWrites:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.fx import GraphModule, Node
 
@@ -78,7 +79,7 @@ def holding_bias(w: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, groups: i
         bias: float, one for each channel of the output.
         groups: of a transposed convolution: its groups share scales.
     """
-    needed = (bias.detach().abs().to(w.dtype) / (x * 2.0**30)).clamp(max=COARSE)
+    needed = bias.detach().abs().to(w.dtype).div_(x.item() * 2.0**30).clamp_(max=COARSE)
     if len(w) == 1:
         needed = needed.amax(0, keepdim=True)
     elif len(w) * groups == len(needed):
@@ -96,10 +97,11 @@ def steady_scale(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Ten
         x, y: scales of input and output, float32, shape ``(1,)``.
         w: scales of the weight, float32, shape ``(1,)`` or ``(channels,)``.
     """
-    ratio = (x.double() * w.double() / y.double()).clamp(min=SMALLEST_RATIO)
-    numerator = torch.ceil(ratio * SMALLEST_DENOMINATOR)
-    denominator = 2 * torch.floor((numerator / ratio - 1) / 2) + 1
-    return (numerator / denominator * y.double() / x.double()).float()
+    of_input, of_output = x.item(), y.item()
+    ratio = np.maximum(of_input * w.double().cpu().numpy() / of_output, SMALLEST_RATIO)
+    numerator = np.ceil(ratio * SMALLEST_DENOMINATOR)
+    denominator = 2 * np.floor((numerator / ratio - 1) / 2) + 1
+    return torch.from_numpy((numerator / denominator * of_output / of_input).astype(np.float32)).to(w.device)
 
 
 def _calls(model: GraphModule, node: Node) -> tuple[Node, Node, Node] | None:

@@ -94,7 +94,8 @@ class StreamingHistogram(UniformQuantizationObserverBase):
         Raises:
             CalibrationError: no tensor was observed.
         """
-        self._require_range(self.min_val, self.max_val)
+        if not self.min_val.item() <= self.max_val.item():
+            self._require_range(self.min_val, self.max_val)
         mark = tuple(fingerprint(buffer) for buffer in (self.histogram, self.min_val, self.max_val, self.eps))
         if self._qparams is None or self._qparams[0] != mark:
             self._qparams = mark, self._calculate_qparams(*self.chosen_range())
@@ -140,7 +141,7 @@ class HistogramObserver(StreamingHistogram):
 
     def chosen_range(self) -> Range:
         low, high = integer_range(self.dtype)
-        if torch.maximum(-self.min_val, self.max_val).item() < self.eps.item() / 2:
+        if max(-self.min_val.item(), self.max_val.item()) < self.eps.item() / 2:
             return self.min_val, self.max_val  # Every range within it gets the scale eps, and no steps of zero point.
         fills_dtype = (self.quant_min, self.quant_max) == (low, high)
         greedy = self._greedy_range(high - low + 1) if fills_dtype else None
@@ -175,16 +176,18 @@ def count(x: torch.Tensor, bins: int, low: float, high: float) -> torch.Tensor:
 
 def _count_in_pieces(x: torch.Tensor, bins: int, low: float, high: float) -> torch.Tensor:
     lanes = LANES if LANES * (bins + 1) <= torch.iinfo(torch.int16).max else 1
-    counts = torch.zeros(lanes * (bins + 1), dtype=torch.int64)
-    for piece in x.split(PIECE):
+    counts: torch.Tensor | None = None
+    for piece in x.split(PIECE) if x.numel() > PIECE else (x,):
         index = scratch(piece.numel(), torch.int16 if lanes > 1 else torch.int32)
         index.copy_(_places(piece, bins, low, high))
         if lanes > 1:
             _spread(index, bins + 1)
-        counts.add_(torch.bincount(index, minlength=len(counts)))
-    total = counts.view(lanes, bins + 1).sum(0)
+        of_piece = torch.bincount(index, minlength=lanes * (bins + 1))
+        counts = of_piece if counts is None else counts.add_(of_piece)
+    assert counts is not None
+    total = counts.numpy().reshape(lanes, bins + 1).sum(0)
     total[bins - 1] += total[bins]  # What ``high`` itself is counted in.
-    return total[:bins].float()
+    return torch.from_numpy(total[:bins].astype(np.float32))
 
 
 def _places(x: torch.Tensor, bins: int, low: float, high: float) -> torch.Tensor:

@@ -12,9 +12,9 @@ import torch
 
 from zeropoint.core.arguments import require_integer
 from zeropoint.core.errors import CalibrationError, SpecError
-from zeropoint.core.specs import PER_CHANNEL, PER_TENSOR, SYMMETRIC
+from zeropoint.core.specs import PER_CHANNEL, PER_TENSOR
 from zeropoint.numerics.observers.base import UniformQuantizationObserverBase, in_memory_order
-from zeropoint.numerics.qparams import USUAL, choose_qparams_in_numbers, rounded
+from zeropoint.numerics.qparams import USUAL, rounded
 
 Range = tuple[torch.Tensor, torch.Tensor]
 
@@ -77,14 +77,7 @@ class _RangeObserver(UniformQuantizationObserverBase):
     def qparams_in_numbers(self) -> tuple[float, int] | None:
         """Returns what ``calculate_qparams`` does, faster; None where they are many, or not of the usual size."""
         is_ours = all(getattr(type(self), name) is getattr(_RangeObserver, name) for name in _QPARAMS)
-        if not is_ours or self.min_val.dim() > 0 or not _is_plain(self.min_val):
-            return None
-        low, high = self.min_val.item(), self.max_val.item()
-        if not -USUAL < low <= high < USUAL:
-            return None
-        limits, eps, symmetric = (self.quant_min, self.quant_max), self.eps.item(), self.qscheme in SYMMETRIC
-        middle = self._symmetric_zero_point()
-        return choose_qparams_in_numbers(low, high, *limits, symmetric=symmetric, eps=eps, symmetric_zero_point=middle)
+        return self._in_numbers(self.min_val, self.max_val) if is_ours else None
 
     def reset(self) -> None:
         super().reset()
@@ -93,7 +86,7 @@ class _RangeObserver(UniformQuantizationObserverBase):
 
 
 _LOOKS = ("forward", "observe", "batch_range")
-_QPARAMS = ("calculate_qparams", "_calculate_qparams", "qparams_of_range")
+_QPARAMS = ("calculate_qparams", "_calculate_qparams")
 
 
 def _is_plain(statistics: torch.Tensor) -> bool:
