@@ -12,6 +12,7 @@ from zeropoint.annotate.plan import Plan
 from zeropoint.annotate.quantizer import Quantizer
 from zeropoint.annotate.read import read_plan
 from zeropoint.core.arguments import require_bool
+from zeropoint.core.errors import SpecError
 from zeropoint.graph.capture import require_exported
 from zeropoint.graph.explained import ExplainedModule
 from zeropoint.graph.graph_pass import control_flow_as_operators, control_flow_in_python, pipeline
@@ -28,6 +29,7 @@ from zeropoint.passes.fold_batch_norm import fold_batch_norm
 from zeropoint.passes.form_in_use import mark_biases
 from zeropoint.passes.halve_tables import halve_tables
 from zeropoint.passes.insert_observers import insert_observers
+from zeropoint.passes.integer_state import integer_state
 from zeropoint.passes.invariants import CONVERTED
 from zeropoint.passes.make_observers import make_observers
 from zeropoint.passes.qat_batch_norm import qat_batch_norm
@@ -131,7 +133,10 @@ def prepare_with_plan(
 
 @pipeline
 def convert_pt2e(
-    model: GraphModule, use_reference_representation: bool = False, fold_quantize: bool = True
+    model: GraphModule,
+    use_reference_representation: bool = False,
+    fold_quantize: bool = True,
+    fold_quantize_into_mutable_buffers: bool = False,
 ) -> GraphModule:
     """Returns the model with quantize and dequantize operators in place of observers, and integer weights.
 
@@ -141,16 +146,23 @@ def convert_pt2e(
         use_reference_representation: integer arithmetic in place of dequantize, operator, quantize. To see and to check
             what is computed; backends read the other form.
         fold_quantize: store quantized constants as integers; else they stay float with a quantize operator after them.
+        fold_quantize_into_mutable_buffers: store as integers the float buffers, too, that the model reads quantized and
+            writes by one ``copy_`` of a quantized tensor, in the scale of what is written; needs ``fold_quantize``.
 
     Raises:
         CalibrationError: an observer saw no data; names the tensor.
         GraphError: the model has no observers: it was not prepared, or it is converted already. One of which nothing
             was annotated stays float, with a warning. Or torchao prepared it for training, with batch norm; what it
             prepared else is converted.
-        SpecError: a flag is no bool.
+        SpecError: a flag is no bool, ``fold_quantize_into_mutable_buffers=True`` comes with ``fold_quantize=False``, or
+            a buffer that it means shares its memory with another.
     """
     require_bool("use_reference_representation", use_reference_representation, "convert_pt2e")
     require_bool("fold_quantize", fold_quantize, "convert_pt2e")
+    require_bool("fold_quantize_into_mutable_buffers", fold_quantize_into_mutable_buffers, "convert_pt2e")
+    if fold_quantize_into_mutable_buffers and not fold_quantize:
+        what = "fold_quantize_into_mutable_buffers=True requires fold_quantize=True"
+        raise SpecError(what, where="convert_pt2e", remedy="Leave fold_quantize out.")
     require_exported(model)
     require_prepared(model, "convert_pt2e")
     on_grid, is_qat = record_of(model).rounds_biases, take_mark(model) or record_of(model).is_qat
@@ -160,6 +172,8 @@ def convert_pt2e(
     known = steady_weight_scales if on_grid and not is_qat else nothing  # Trained weights are on a grid already.
     with LateWrites() as writes:
         convert(model, every if fold_quantize else none, writes, known)
+        if fold_quantize_into_mutable_buffers:
+            integer_state(model)
         biases = round_biases(model) if on_grid else []
         if record_of(model).halves_tables:
             halve_tables(model)
