@@ -34,7 +34,7 @@ from zeropoint.passes.invariants import CONVERTED
 from zeropoint.passes.make_observers import make_observers
 from zeropoint.passes.qat_batch_norm import qat_batch_norm
 from zeropoint.passes.reference.rewrite import in_integers
-from zeropoint.passes.round_biases import round_biases
+from zeropoint.passes.round_biases import BiasRounding, round_biases
 from zeropoint.passes.spell_batch_norm import spell_batch_norm
 from zeropoint.passes.trained_module import TrainedModule
 from zeropoint.passes.weight_scales import steady_weight_scales
@@ -146,23 +146,16 @@ def convert_pt2e(
         use_reference_representation: integer arithmetic in place of dequantize, operator, quantize. To see and to check
             what is computed; backends read the other form.
         fold_quantize: store quantized constants as integers; else they stay float with a quantize operator after them.
-        fold_quantize_into_mutable_buffers: store as integers the float buffers, too, that the model reads quantized and
-            writes by one ``copy_`` of a quantized tensor, in the scale of what is written; needs ``fold_quantize``.
+        fold_quantize_into_mutable_buffers: store as integers, too, the buffers that the model reads quantized and
+            writes by one ``copy_`` of a quantized tensor, in its scale; needs ``fold_quantize``.
 
     Raises:
         CalibrationError: an observer saw no data; names the tensor.
-        GraphError: the model has no observers: it was not prepared, or it is converted already. One of which nothing
-            was annotated stays float, with a warning. Or torchao prepared it for training, with batch norm; what it
-            prepared else is converted.
-        SpecError: a flag is no bool, ``fold_quantize_into_mutable_buffers=True`` comes with ``fold_quantize=False``, or
-            a buffer that it means shares its memory with another.
+        GraphError: the model was not prepared, or is converted already, or torchao prepared it for training, with batch
+            norm. One of which nothing was annotated stays float, with a warning.
+        SpecError: a flag is no bool, the last comes without ``fold_quantize``, or a buffer of it has two names.
     """
-    require_bool("use_reference_representation", use_reference_representation, "convert_pt2e")
-    require_bool("fold_quantize", fold_quantize, "convert_pt2e")
-    require_bool("fold_quantize_into_mutable_buffers", fold_quantize_into_mutable_buffers, "convert_pt2e")
-    if fold_quantize_into_mutable_buffers and not fold_quantize:
-        what = "fold_quantize_into_mutable_buffers=True requires fold_quantize=True"
-        raise SpecError(what, where="convert_pt2e", remedy="Leave fold_quantize out.")
+    _check_flags(use_reference_representation, fold_quantize, fold_quantize_into_mutable_buffers)
     require_exported(model)
     require_prepared(model, "convert_pt2e")
     on_grid, is_qat = record_of(model).rounds_biases, take_mark(model) or record_of(model).is_qat
@@ -172,14 +165,32 @@ def convert_pt2e(
     known = steady_weight_scales if on_grid and not is_qat else nothing  # Trained weights are on a grid already.
     with LateWrites() as writes:
         convert(model, every if fold_quantize else none, writes, known)
-        if fold_quantize_into_mutable_buffers:
-            integer_state(model)
-        biases = round_biases(model) if on_grid else []
-        if record_of(model).halves_tables:
-            halve_tables(model)
-        lift_parameters(model)
+        biases = _in_stored_form(model, on_grid, fold_quantize_into_mutable_buffers)
         converted = finish(model)
-    converted = in_integers(converted) if use_reference_representation else converted
+    if use_reference_representation:
+        converted = in_integers(converted)
     finish_record(converted, tuple(biases), "reference" if use_reference_representation else "q/dq")
     check_invariants(converted, CONVERTED, "convert_pt2e")
     return converted
+
+
+def _in_stored_form(model: GraphModule, biases_on_grid: bool, state_as_integers: bool) -> list[BiasRounding]:
+    """Brings what a converted graph holds to the form that is stored; returns what became of biases."""
+    if state_as_integers:
+        integer_state(model)
+    biases = round_biases(model) if biases_on_grid else []
+    if record_of(model).halves_tables:
+        halve_tables(model)
+    lift_parameters(model)
+    return biases
+
+
+def _check_flags(
+    use_reference_representation: bool, fold_quantize: bool, fold_quantize_into_mutable_buffers: bool
+) -> None:
+    require_bool("use_reference_representation", use_reference_representation, "convert_pt2e")
+    require_bool("fold_quantize", fold_quantize, "convert_pt2e")
+    require_bool("fold_quantize_into_mutable_buffers", fold_quantize_into_mutable_buffers, "convert_pt2e")
+    if fold_quantize_into_mutable_buffers and not fold_quantize:
+        what = "fold_quantize_into_mutable_buffers=True requires fold_quantize=True"
+        raise SpecError(what, where="convert_pt2e", remedy="Leave fold_quantize out.")
