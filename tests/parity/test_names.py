@@ -39,27 +39,14 @@ USED = {
 }  # fmt: skip
 """By module: names that backends import besides those of ``__all__``."""
 
-PASSES = "a step of torchao's own prepare or convert"
 INTERNAL = {
-    "constant_fold": PASSES,
-    "convert": PASSES,
+    "convert": "torchao's own steps of convert, which end in modules of FX graph mode",
     "inductor_passes": "Inductor's passes",
     "inductor_passes.lowering": "Inductor's passes",
     "inductor_passes.x86": "Inductor's passes",
-    "prepare.prepare": PASSES,
-    "quantizer.DuplicateDQPass": PASSES,
-    "quantizer.PortNodeMetaForQDQ": PASSES,
-    "quantizer.duplicate_dq_pass": PASSES,
-    "quantizer.port_metadata_pass": PASSES,
-    "reference_representation_rewrite": PASSES,
+    "prepare.prepare": "torchao's own step of prepare, which needs FX graph mode's table of scopes",
 }
 """Modules and names that no program but torchao itself uses, with what they are."""
-UTILITIES = (
-    "calculate_qmin_qmax", "check_min_max_valid", "create_getattr_from_value", "determine_qparams",
-    "get_fqn_to_example_inputs", "get_qparam_dict", "getattr_from_fqn", "has_no_children_ignoring_parametrizations",
-    "is_per_channel", "is_per_tensor", "to_underlying_dtype", "validate_qmin_qmax", "_is_sym_size_node",
-)  # fmt: skip
-INTERNAL |= {f"utils.{name}": PASSES for name in UTILITIES}
 
 STEPS = ("reset_histogram", "observe_quant_params")
 """Methods that torchao's observers call on themselves, and one that prints: ours are printed as modules are."""

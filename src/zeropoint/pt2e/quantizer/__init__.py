@@ -23,15 +23,19 @@ from zeropoint.core.specs import (
     SharedQuantizationSpec,
 )
 from zeropoint.pt2e.quantizer import composable_quantizer, embedding_quantizer, quantizer, utils
+from zeropoint.pt2e.quantizer.duplicate_dq_pass import DuplicateDQPass
+from zeropoint.pt2e.quantizer.port_metadata_pass import PortNodeMetaForQDQ
 
 __all__ = [
     "ComposableQuantizer",
     "DerivedQuantizationSpec",
+    "DuplicateDQPass",
     "EdgeOrNode",
     "EmbeddingQuantizer",
     "FixedQParamsQuantizationSpec",
     "OperatorConfig",
     "OperatorPatternType",
+    "PortNodeMetaForQDQ",
     "QuantizationAnnotation",
     "QuantizationConfig",
     "QuantizationSpec",
