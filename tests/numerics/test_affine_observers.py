@@ -316,6 +316,18 @@ def test_refusals(changes, words):
         AffineQuantizedMinMaxObserver(**{**VALID, **changes})
 
 
+def test_a_block_size_has_to_be_that_of_the_granularity():
+    grouped = {**VALID, "granularity": PerGroup(4)}
+    observer = AffineQuantizedMinMaxObserver(**grouped, block_size=(1, 4))
+    observer(torch.randn(3, 8))
+    assert observer.block_size == (1, 4)
+    other = AffineQuantizedMinMaxObserver(**grouped, block_size=[1, 8])
+    with pytest.raises(
+        SpecError, match=r"block_size=\(1, 8\), and PerGroup\(group_size=4\) has blocks of \(1, 4\)\. Leave"
+    ):
+        other(torch.randn(3, 8))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

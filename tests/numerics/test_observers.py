@@ -82,6 +82,14 @@ def test_non_finite_data_is_an_error_that_names_site_and_batch(constructor, valu
     assert observer.batches == 2
 
 
+@pytest.mark.parametrize("constructor", MEASURING)
+def test_complex_data_is_refused(constructor):
+    observer = constructor()
+    observer.site = "fft"
+    with pytest.raises(CalibrationError, match=r"^fft: a tensor of torch\.complex64 has no range\. Annotate"):
+        observer(torch.ones(4, 4, dtype=torch.complex64))
+
+
 def test_a_constant_that_is_not_finite_is_in_no_batch():
     observer = MinMaxObserver()
     observer.site, observer.constant_input = "weight", True

@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import subprocess
+import sys
 import warnings
 from enum import Enum
 from pathlib import Path
@@ -138,6 +140,28 @@ def test_each_method_of_a_class_is_there(module, name):
     own = [kind for kind in theirs.__mro__ if kind.__module__.startswith("torchao")]
     methods = {name for kind in own for name, value in vars(kind).items() if callable(value) and name not in STEPS}
     assert not [method for method in sorted(methods) if not method.startswith("_") and not hasattr(ours, method)]
+
+
+MODULES_IN = """
+import importlib, types
+package = importlib.import_module("{package}")
+print(*[name for name, value in vars(package).items() if isinstance(value, types.ModuleType)])
+"""
+
+
+def modules_in(package: str) -> set[str]:
+    """Returns which of the package's modules are its attributes once it alone is imported, in a fresh process."""
+    command = [sys.executable, "-c", MODULES_IN.format(package=package)]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
+@pytest.mark.parametrize("package", ["", "quantizer"])
+def test_each_module_is_an_attribute_once_its_package_is_imported(package):
+    named = {module.rpartition(".")[2] for module in modules() if module.rpartition(".")[0] == package}
+    theirs, ours = (modules_in(full(root, package) if package else root) for root in (THEIRS, OURS))
+    absent = (theirs & named) - ours
+    assert theirs & named
+    assert not {module for module in absent if full(package, module) not in INTERNAL}
 
 
 def test_each_module_is_there_or_has_a_reason():

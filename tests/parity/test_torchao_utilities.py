@@ -18,6 +18,7 @@ from zeropoint.pt2e import quantizer as ours_quantizer
 from zeropoint.pt2e import utils as ours
 from zeropoint.pt2e.constant_fold import constant_fold
 from zeropoint.pt2e.observer import MinMaxObserver, PerChannelMinMaxObserver, PlaceholderObserver
+from zeropoint.pt2e.quantize_pt2e import _convert_to_reference_decomposed_fx
 from zeropoint.workflow import convert_pt2e, prepare_pt2e
 
 pytest.importorskip("torchao")
@@ -237,7 +238,7 @@ def test_weights_stay_integers():
     def function(model):
         annotate(models.find(model, "linear"), {"weight": quantizers.weight()})
 
-    model = convert_pt2e(prepared(models.mlp, function), fold_quantize=False)
+    model = _convert_to_reference_decomposed_fx(prepared(models.mlp, function))
     assert models.count(model, "quantize_per_channel") == 1
     constant_fold(model)
     assert models.count(model, "quantize_per_channel") == 0

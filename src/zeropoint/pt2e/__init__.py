@@ -62,7 +62,20 @@ from zeropoint.numerics.observers.derived import (
     ObserverOrFakeQuantize,
     ObserverOrFakeQuantizeConstructor,
 )
-from zeropoint.pt2e import fake_quantize, observer, quantize_pt2e, quantizer
+from zeropoint.pt2e import (
+    _affine_quantization,
+    _numeric_debugger,
+    export_utils,
+    fake_quantize,
+    graph_utils,
+    learnable_fake_quantize,
+    observer,
+    prepare,
+    qat_utils,
+    quantize_pt2e,
+    quantizer,
+    utils,
+)
 from zeropoint.report.comparison import compare_results
 from zeropoint.report.debug_handles import CUSTOM_KEY, NUMERIC_DEBUG_HANDLE_KEY, generate_numeric_debug_handle
 from zeropoint.report.loggers import extract_results_from_loggers, prepare_for_propagation_comparison
@@ -105,6 +118,8 @@ __all__ = [
     "UniformQuantizationObserverBase",
     "WrapperModule",
     "ZeroPointDomain",
+    "_affine_quantization",
+    "_numeric_debugger",
     "allow_exported_model_train_eval",
     "bfs_trace_with_node_process",
     "compare_results",
@@ -117,19 +132,25 @@ __all__ = [
     "enable_fake_quant",
     "enable_observer",
     "enable_range_learning",
+    "export_utils",
     "extract_results_from_loggers",
     "fake_quantize",
     "find_sequential_partitions",
     "generate_numeric_debug_handle",
     "get_block_size",
     "get_equivalent_types",
+    "graph_utils",
+    "learnable_fake_quantize",
     "move_exported_model_to_eval",
     "move_exported_model_to_train",
     "observer",
+    "prepare",
     "prepare_for_propagation_comparison",
     "prepare_pt2e",
     "prepare_qat_pt2e",
+    "qat_utils",
     "quantize_pt2e",
     "quantizer",
     "update_equivalent_types_dict",
+    "utils",
 ]

@@ -30,7 +30,8 @@ class AffineQuantizedObserverBase(ObserverBase):
         eps: smallest scale; None: the epsilon of the tensor's dtype, or of float32 for a scale chosen at run time.
         scale_dtype, zero_point_dtype: of what ``calculate_qparams`` returns; None: that of the tensor.
         preserve_zero, zero_point_domain: True and INT. There is no operator that quantizes by others.
-        spec: other keywords of a quantization spec; ``dtype`` has to be that of ``target_dtype``.
+        spec: other keywords of a quantization spec; ``dtype`` has to be that of ``target_dtype``, and a ``block_size``
+            that of the granularity.
 
     Attributes:
         dtype: the integer type that holds the integers.
@@ -70,6 +71,7 @@ class AffineQuantizedObserverBase(ObserverBase):
         symmetric = self.mapping_type is not MappingType.ASYMMETRIC
         self.qscheme = _scheme(self.granularity, symmetric)
         self.block_size: tuple[int, ...] | None = None
+        self._told_block_size: Any = spec.pop("block_size", None)
         self.original_dtype: torch.dtype | None = None
         self._check(spec)
 
@@ -99,6 +101,10 @@ class AffineQuantizedObserverBase(ObserverBase):
             self.block_size = block_size(self.granularity, x.shape)
         except SpecError as error:
             raise SpecError(error.what, where=self.where, remedy=error.remedy) from error
+        told = self._told_block_size
+        if told is not None and tuple(told) != self.block_size:
+            what = f"block_size={tuple(told)}, and {self.granularity} has blocks of {self.block_size}"
+            raise SpecError(what, where=self.where, remedy="Leave block_size out: it follows from the granularity.")
         self.original_dtype = x.dtype
 
     def convert(self, model: GraphModule, observer_node: Node) -> None:

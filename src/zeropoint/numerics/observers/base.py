@@ -130,9 +130,13 @@ class ObserverBase(WithArgs, torch.nn.Module):
 
         Raises:
             NonFiniteError: ``x`` holds NaN or infinity; the statistics are then as before.
+            CalibrationError: ``x`` is complex.
         """
         if x.numel() == 0:
             return x
+        if x.is_complex():
+            remedy = "Annotate its real and its imaginary part, or leave the operator float."
+            raise CalibrationError(f"a tensor of {x.dtype} has no range", where=self.where, remedy=remedy)
         if self.constant_input:
             mark = fingerprint(x)
             if mark == self._observed:
