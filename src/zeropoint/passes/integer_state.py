@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from zeropoint.core.errors import SpecError
-from zeropoint.graph.attributes import get_attribute, set_parameter
+from zeropoint.graph.attributes import attribute_reads, get_attribute, set_parameter
 from zeropoint.graph.bind import argument, set_argument
 from zeropoint.graph.emit import Fakes
 from zeropoint.graph.graph_pass import graph_pass
@@ -34,8 +34,8 @@ def integer_state(model: GraphModule) -> None:
     """
     buffers, fakes = dict(model.named_buffers(remove_duplicate=False)), Fakes()
     reads: dict[str, list[Node]] = {}
-    for node in model.graph.nodes:
-        if node.op == "get_attr" and str(node.target) in buffers:
+    for node in attribute_reads(model.graph):
+        if str(node.target) in buffers:
             reads.setdefault(str(node.target), []).append(node)
     for path, nodes in reads.items():
         write = _write_of(nodes)

@@ -136,8 +136,8 @@ def qparams_of(observer: Any, node: Node, *, is_constant: bool = False) -> QPara
     shape = (-1,) if layout.group_size is None and layout.block_size is None else torch.as_tensor(scale).shape
     scale = torch.as_tensor(scale).detach().reshape(shape).float()
     zero_point = torch.as_tensor(zero_point).detach().reshape(shape)
-    smallest, largest = (end.item() for end in (scale.aminmax() if scale.numel() > 1 else (scale, scale)))
-    if not 0 < smallest <= largest < math.inf:
+    smallest, largest = scale.aminmax()
+    if not 0 < smallest.item() <= largest.item() < math.inf:
         what = f"its scale is {scale.flatten().tolist()[:4]}"
         raise CalibrationError(what, where=describe(node), remedy="Look at the calibration data.")
     if layout == Layout():

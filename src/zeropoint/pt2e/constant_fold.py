@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch.fx import GraphModule, Node
 
-from zeropoint.graph.attributes import Names, owner_and_name
+from zeropoint.graph.attributes import Names, attribute_reads, owner_and_name
 from zeropoint.graph.constants import constant_nodes, evaluate
 from zeropoint.graph.graph_pass import recompile, remove_dead_code
 from zeropoint.numerics import ops
@@ -54,9 +54,9 @@ def _foldable(gm: GraphModule) -> list[Node]:
 
 def _drop_unread(gm: GraphModule) -> None:
     """Removes dead operators, and the tensors of which no node is left."""
-    before = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    before = {str(node.target) for node in attribute_reads(gm.graph)}
     remove_dead_code(gm.graph)
-    after = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    after = {str(node.target) for node in attribute_reads(gm.graph)}
     for path in before - after:
         owner, name = owner_and_name(gm, path)
         delattr(owner, name)

@@ -74,7 +74,7 @@ def _is_sym_size_node(node: Node) -> bool:
 
 def _filter_sym_size_users(node: Node) -> list[Node]:
     """Returns the readers of a node that ask for more than its sizes."""
-    return [user for user in node.users if user.target not in _SIZES]
+    return [user for user in node.users if not _is_sym_size_node(user)]
 
 
 def is_per_tensor(qscheme: torch.qscheme | None) -> bool:
@@ -182,8 +182,9 @@ def determine_qparams(
     else:
         middle = symmetric_zero_point(dtype, *limits, custom_range=has_customized_qrange)
         symmetric = qscheme in SYMMETRIC
-        found = choose_qparams(min_val, max_val, *limits, symmetric=symmetric, eps=least, symmetric_zero_point=middle)
-        scale, zero_point = found
+        scale, zero_point = choose_qparams(
+            min_val, max_val, *limits, symmetric=symmetric, eps=least, symmetric_zero_point=middle
+        )
     return torch.atleast_1d(scale).double(), torch.atleast_1d(zero_point).to(torch.int64)
 
 

@@ -94,8 +94,7 @@ class StreamingHistogram(UniformQuantizationObserverBase):
         Raises:
             CalibrationError: no tensor was observed.
         """
-        if not self.min_val.item() <= self.max_val.item():
-            self._require_range(self.min_val, self.max_val)
+        self._require_range(self.min_val, self.max_val)
         mark = tuple(fingerprint(buffer) for buffer in (self.histogram, self.min_val, self.max_val, self.eps))
         if self._qparams is None or self._qparams[0] != mark:
             self._qparams = mark, self._calculate_qparams(*self.chosen_range())

@@ -13,7 +13,7 @@ import torch
 from zeropoint.core.arguments import require_integer
 from zeropoint.core.errors import CalibrationError, SpecError
 from zeropoint.core.specs import PER_CHANNEL, PER_TENSOR
-from zeropoint.numerics.observers.base import UniformQuantizationObserverBase, in_memory_order
+from zeropoint.numerics.observers.base import UniformQuantizationObserverBase, in_memory_order, is_plain
 from zeropoint.numerics.qparams import USUAL, rounded
 
 Range = tuple[torch.Tensor, torch.Tensor]
@@ -89,10 +89,6 @@ _LOOKS = ("forward", "observe", "batch_range")
 _QPARAMS = ("calculate_qparams", "_calculate_qparams")
 
 
-def _is_plain(statistics: torch.Tensor) -> bool:
-    return statistics.dtype == torch.float32 and statistics.device.type == "cpu"
-
-
 class _MovingAverage(_RangeObserver):
     """Moves the range by ``averaging_constant`` of the way to that of each new tensor; the first one counts whole.
 
@@ -152,7 +148,7 @@ class MovingAverageMinMaxObserver(_MovingAverage, MinMaxObserver):
     def _take(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Does in numbers what operators take ten times as long for: training steps of small models consist of it."""
         is_ours = type(self).merged is _MovingAverage.merged
-        if not is_ours or low.dtype != torch.float32 or low.dim() > 0 or not _is_plain(self.min_val):
+        if not is_ours or low.dtype != torch.float32 or low.dim() > 0 or not is_plain(self.min_val):
             return super()._take(low, high)
         new, known = (low.item(), high.item()), (self.min_val.item(), self.max_val.item())
         self.require_finite(*new)
