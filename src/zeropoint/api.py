@@ -37,6 +37,7 @@ from zeropoint.report.page.ranges import ActivationRange, WatchedRun
 from zeropoint.report.record import record_of, refresh_biases, require_unprepared
 from zeropoint.report.stages import Progress, Stages
 from zeropoint.result import QuantizedModel
+from zeropoint.runtime.child import expect_children
 from zeropoint.runtime.verify import verify as verify_file
 from zeropoint.training import Evaluate, Train, check_functions, prepare_training, train_from
 from zeropoint.workflow import convert_pt2e, prepare_pt2e
@@ -170,6 +171,8 @@ def _finish(
 ) -> QuantizedModel:
     """Lowers a converted model, runs the file and compares all three."""
     restart(converted, float_model)
+    if verify:
+        expect_children()
     with stages.stage("lower"):
         lowered = xnnpack.lower_program(converted, example_inputs)
     verification = None

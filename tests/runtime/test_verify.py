@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from tests.backends.q_dq import Graph, Layer, exported, fake
 from zeropoint.backends.xnnpack import lower
 from zeropoint.core.errors import FileError, RuntimeFailure, VerificationError
+from zeropoint.runtime import child
 from zeropoint.runtime.agreement import Agreement, agreement
 from zeropoint.runtime.verify import Verification, verify
 
@@ -205,7 +206,7 @@ def test_a_runtime_that_does_not_answer_is_not_asked_again(monkeypatch: pytest.M
     def never(*arguments: Any) -> bytes:
         raise AssertionError
 
-    monkeypatch.setattr(subprocess, "run", late)
+    monkeypatch.setattr(child, "_run", late)
     with pytest.raises(RuntimeFailure, match="did not answer in 600 s"):
         verify(pte, model, [(picture(),)], never)
 

@@ -17,6 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from zeropoint.core.errors import RuntimeFailure
+from zeropoint.runtime.fork_server import ForkServer
 
 CHILD = """import sys
 from zeropoint.core.errors import ZeropointError
@@ -28,6 +29,9 @@ except ZeropointError as error:
 """
 NOISE = "[cpuinfo_utils"
 """How lines begin that the runtime prints whenever it starts."""
+SERVER = ForkServer()
+FORKS = sys.platform == "linux"
+"""Elsewhere a process may hold what does not survive a fork."""
 Batches = Sequence[tuple[Any, ...]]
 
 
@@ -52,15 +56,20 @@ def run_in_child(pte: bytes, batches: Batches, *, timeout: float = 600.0) -> lis
         return [tuple(load_values(Path(folder, f"out{i}.npz"))) for i in range(len(batches))]
 
 
+def expect_children() -> None:
+    """Says that children will be asked for soon: what they import is imported meanwhile, where they are forked."""
+    if FORKS:
+        SERVER.start(_environment())
+
+
 def run_main(module: str, arguments: Sequence[str], timeout: float) -> str:
     """Runs the function ``main`` of one of our modules in a child process, and returns what it printed.
 
     Raises:
         RuntimeFailure: the child died, ran out of time, or raised; gives its last words.
     """
-    command = [sys.executable, "-c", CHILD.format(module=module), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=_environment())
+        done = _run(module, arguments, timeout)
     except subprocess.TimeoutExpired as error:
         raise RuntimeFailure(f"the runtime did not answer in {timeout:g} s", where="child process") from error
     if done.returncode == 0:
@@ -68,6 +77,14 @@ def run_main(module: str, arguments: Sequence[str], timeout: float) -> str:
     words = [line for line in done.stderr.strip().splitlines() if line.strip() and not line.startswith(NOISE)][-5:]
     cause = f"died of {_signal(-done.returncode)}" if done.returncode < 0 else "failed"
     raise RuntimeFailure(f"the runtime {cause}: " + " | ".join(words), where="child process")
+
+
+def _run(module: str, arguments: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Runs a module's ``main`` in a process forked from one that imported everything; else in a new one."""
+    if FORKS:
+        return SERVER.run(module, arguments, timeout, _environment())
+    command = [sys.executable, "-c", CHILD.format(module=module), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=_environment())
 
 
 def _signal(number: int) -> str:
