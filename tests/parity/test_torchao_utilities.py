@@ -234,6 +234,55 @@ def test_constants_are_folded():
     assert models.count(kept, "mul") == 2
 
 
+class Numbers(nn.Module):
+    """Constants of which numbers are made, and two that one operator returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("number", torch.tensor(3))
+        self.weight = nn.Parameter(torch.randn(2, 6))
+
+    def forward(self, x):
+        first, second = self.weight.split(3, 1)
+        return x * (self.number + 1).item(), x @ first.t().neg(), second.sum()
+
+
+def test_constants_that_are_no_tensors_stay_computed():
+    x = torch.randn(4, 3)
+    found, expected = (models.export(Numbers(), x) for _ in range(2))
+    before = found(x)
+    constant_fold(found)
+    theirs_fold(expected)
+    operators = [
+        [str(node.target) for node in model.graph.nodes if node.op != "get_attr"] for model in (found, expected)
+    ]
+    assert operators[0] == operators[1]
+    assert "aten.item.default" in operators[0]
+    frozen = [{name: b for name, b in model.named_buffers() if "_frozen" in name} for model in (found, expected)]
+    assert {name: b.shape for name, b in frozen[0].items()} == {name: b.shape for name, b in frozen[1].items()}
+    assert not list(found.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(found(x), before, strict=True))
+
+
+def test_weights_of_half_precision_stay_as_they_are():
+    half = quantizers.weight(
+        dtype=torch.float16,
+        quant_min=None,
+        quant_max=None,
+        qscheme=None,
+        observer_or_fake_quant_ctr=PlaceholderObserver,
+    )
+
+    def function(model):
+        annotate(models.find(model, "linear"), {"weight": half})
+
+    model = _convert_to_reference_decomposed_fx(prepared(models.mlp, function))
+    expected = copy.deepcopy(model)
+    constant_fold(model)
+    theirs_fold(expected)
+    assert models.count(model, "convert_element_type") == models.count(expected, "convert_element_type") == 2
+
+
 def test_weights_stay_integers():
     def function(model):
         annotate(models.find(model, "linear"), {"weight": quantizers.weight()})
