@@ -299,7 +299,8 @@ class UniformQuantizationObserverBase(ObserverBase):
         None where there are many, or not of the usual kind and size.
         """
         is_ours = type(self).qparams_of_range is UniformQuantizationObserverBase.qparams_of_range
-        if not is_ours or min_val.dim() > 0 or not is_plain(min_val):
+        has_float_zero_point = self.qscheme == torch.per_channel_affine_float_qparams
+        if not is_ours or has_float_zero_point or min_val.dim() > 0 or not is_plain(min_val):
             return None
         low, high = min_val.item(), max_val.item()
         if not -USUAL < low <= high < USUAL:
