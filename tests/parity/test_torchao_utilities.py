@@ -65,7 +65,10 @@ def test_ranges_of_nothing():
             ours.check_min_max_valid(*map(torch.tensor, ends))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.qint8, torch.uint8, torch.int16, torch.uint16, torch.int32])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int8, torch.qint8, torch.uint8, torch.quint8, torch.int16, torch.uint16, torch.int32, torch.quint4x2],
+)
 @pytest.mark.parametrize("reduce_range", [True, False])
 def test_ranges_of_integers(dtype, reduce_range):
     for custom, low, high in ((False, None, None), (True, 0, 15)):
@@ -79,8 +82,24 @@ def test_ranges_that_are_none_are_refused():
     for bad in ((1, 7), (-7, -1), (0, 0)):
         with pytest.raises(SpecError, match="is no range that holds 0"):
             ours.validate_qmin_qmax(*bad)
+
+
+def test_dtypes_without_integers():
+    assert ours.to_underlying_dtype(torch.quint2x4) == theirs.to_underlying_dtype(torch.quint2x4) == torch.uint8
+    assert ours.to_underlying_dtype(torch.float8_e5m2) == torch.float8_e5m2
     with pytest.raises(SpecError, match="no type to quantize to"):
         ours.to_underlying_dtype(torch.bool)
+    with pytest.raises(SpecError, match=r"torch\.float16 has no integers"):
+        ours.to_underlying_dtype(torch.float16)
+
+
+@pytest.mark.parametrize("custom", [True, False])
+def test_the_middle_of_four_bits_is_one_of_their_integers(custom):
+    ends, eps = (torch.tensor(-1.0), torch.tensor(1.0)), torch.tensor([1e-6])
+    found = ours.determine_qparams(*ends, 0, 15, torch.quint4x2, eps, custom, torch.per_tensor_symmetric)
+    observer = MinMaxObserver(dtype=torch.quint4x2, qscheme=torch.per_tensor_symmetric)
+    observer(torch.stack(ends))
+    assert found[1].item() == observer.calculate_qparams()[1].item() == 7
 
 
 @pytest.mark.parametrize(
@@ -197,7 +216,24 @@ def without_metadata(build):
     return model
 
 
-@pytest.mark.parametrize("build", [models.mlp, models.net])
+class MadeWeights(nn.Module):
+    """Weights whose values are moved, and one that is computed, before a layer reads them."""
+
+    def __init__(self):
+        super().__init__()
+        self.square, self.flat = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(16))
+
+    def forward(self, x):
+        x = nn.functional.linear(x, self.square.permute(1, 0))
+        x = nn.functional.linear(x, self.flat.view(4, 4))
+        return nn.functional.linear(x, self.square.neg())
+
+
+def made_weights():
+    return MadeWeights().eval(), (torch.ones(2, 4),)
+
+
+@pytest.mark.parametrize("build", [models.mlp, models.net, made_weights])
 def test_metadata_of_quantize_and_dequantize_operators(build):
     found, expected = without_metadata(build), without_metadata(build)
     ours_quantizer.PortNodeMetaForQDQ()(found)

@@ -91,7 +91,7 @@ def symmetric_zero_point(dtype: torch.dtype, quant_min: int, quant_max: int, *, 
     """Returns the zero point of a symmetric scheme: 0 for signed types, the middle of the range for unsigned ones."""
     match plain_dtype(dtype):
         case torch.uint8:
-            return (quant_min + quant_max) // 2 if custom_range else 128
+            return (quant_min + quant_max) // 2 if custom_range or dtype == torch.quint4x2 else 128
         case torch.uint16:
             return 2**15
         case _:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.nn.utils.parametrize import is_parametrized
 
-from zeropoint.core.dtypes import check_dtype, checked_range, integer_range, plain_dtype
+from zeropoint.core.dtypes import FLOAT_DTYPES, check_dtype, checked_range, integer_range, plain_dtype
 from zeropoint.core.errors import CalibrationError, SpecError
 from zeropoint.core.specs import PER_CHANNEL, PER_TENSOR, SYMMETRIC
 from zeropoint.graph.attributes import get_new_attr_name_with_prefix
@@ -98,8 +98,12 @@ def to_underlying_dtype(qdtype: torch.dtype) -> torch.dtype:
     Raises:
         SpecError: tensors are not quantized to it.
     """
+    if qdtype == torch.quint2x4:
+        return torch.uint8
     check_dtype(qdtype, "to_underlying_dtype")
-    return torch.uint8 if qdtype in (torch.quint4x2, torch.quint2x4) else plain_dtype(qdtype)
+    if qdtype in FLOAT_DTYPES:
+        raise SpecError(f"{qdtype} has no integers", where="to_underlying_dtype", remedy="Use e.g. torch.int8.")
+    return plain_dtype(qdtype)
 
 
 def get_qparam_dict(observer_or_fake_quant: Any) -> dict[str, Any]:
@@ -138,13 +142,15 @@ def check_min_max_valid(min_val: torch.Tensor, max_val: torch.Tensor) -> bool:
 def calculate_qmin_qmax(
     quant_min: int, quant_max: int, has_customized_qrange: bool, dtype: torch.dtype, reduce_range: bool
 ) -> tuple[int, int]:
-    """Returns the range of integers of an observer: its own or that of the dtype, half of it for ``reduce_range``.
+    """Returns the range of integers of an observer: its own or that of the dtype; half of it for ``reduce_range``.
+
+    Of the dtypes' own ranges, those of 8 bits are halved.
 
     Raises:
         SpecError: the range is empty or does not fit the dtype.
     """
     low, high = checked_range(dtype, quant_min, quant_max) if has_customized_qrange else integer_range(dtype)
-    halved = reduce_range and (has_customized_qrange or plain_dtype(dtype) in (torch.int8, torch.uint8))
+    halved = reduce_range and (has_customized_qrange or high - low == 255)
     return (low // 2, high // 2) if halved else (low, high)
 
 

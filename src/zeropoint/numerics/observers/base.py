@@ -271,8 +271,8 @@ class UniformQuantizationObserverBase(ObserverBase):
             raise SpecError(what, where=where, remedy=remedy)
 
     def _symmetric_zero_point(self) -> int:
-        narrow = self.has_customized_qrange or self.dtype == torch.quint4x2
-        return symmetric_zero_point(self.dtype, self.quant_min, self.quant_max, custom_range=narrow)
+        limits = self.quant_min, self.quant_max
+        return symmetric_zero_point(self.dtype, *limits, custom_range=self.has_customized_qrange)
 
     def _calculate_qparams(self, min_val: torch.Tensor, max_val: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the scale (float32) and zero point that cover the range, in its shape, a single value as ``(1,)``.
