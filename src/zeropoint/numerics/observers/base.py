@@ -130,16 +130,21 @@ class ObserverBase(WithArgs, torch.nn.Module):
         """Returns how error messages name this observer: its site, else its class."""
         return self.site if self.site else type(self).__name__
 
+    @property
+    def takes_complex(self) -> bool:
+        """True where a tensor that passes may be complex: it is neither measured nor changed."""
+        return False
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Observes ``x``, any shape and float dtype, and returns it; an empty tensor is not observed.
 
         Raises:
             NonFiniteError: ``x`` holds NaN or infinity; the statistics are then as before.
-            CalibrationError: ``x`` is complex.
+            CalibrationError: ``x`` is complex, and what becomes of it needs a range.
         """
         if x.numel() == 0:
             return x
-        if x.is_complex():
+        if x.is_complex() and not self.takes_complex:
             remedy = "Annotate its real and its imaginary part, or leave the operator float."
             raise CalibrationError(f"a tensor of {x.dtype} has no range", where=self.where, remedy=remedy)
         if self.constant_input:
