@@ -17,7 +17,7 @@ from zeropoint.graph.attributes import get_new_attr_name_with_prefix
 from zeropoint.graph.capture import pattern_graph as _get_aten_graph_module_for_pattern
 from zeropoint.graph.layers import CONVOLUTIONS, LINEAR, TRANSPOSED
 from zeropoint.numerics.observers import PlaceholderObserver
-from zeropoint.numerics.qparams import choose_float_qparams, choose_qparams, symmetric_zero_point
+from zeropoint.numerics.qparams import choose_qparams_by_scheme, symmetric_zero_point
 
 aten = torch.ops.aten
 _TRANSPOSED_PACKETS = tuple(each.overloadpacket for each in TRANSPOSED)
@@ -182,15 +182,10 @@ def determine_qparams(
     """
     if not check_min_max_valid(min_val, max_val):
         return torch.ones(1, device=min_val.device), torch.zeros(1, device=min_val.device, dtype=torch.int64)
-    limits, least = (quant_min, quant_max), eps.item()
-    if qscheme == torch.per_channel_affine_float_qparams:
-        scale, zero_point = choose_float_qparams(min_val, max_val, *limits, eps=least)
-    else:
-        middle = symmetric_zero_point(dtype, *limits, custom_range=has_customized_qrange)
-        symmetric = qscheme in SYMMETRIC
-        scale, zero_point = choose_qparams(
-            min_val, max_val, *limits, symmetric=symmetric, eps=least, symmetric_zero_point=middle
-        )
+    middle = symmetric_zero_point(dtype, quant_min, quant_max, custom_range=has_customized_qrange)
+    scale, zero_point = choose_qparams_by_scheme(
+        min_val, max_val, quant_min, quant_max, qscheme, eps=eps.item(), symmetric_zero_point=middle
+    )
     return torch.atleast_1d(scale).double(), torch.atleast_1d(zero_point).to(torch.int64)
 
 

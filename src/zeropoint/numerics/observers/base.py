@@ -16,8 +16,7 @@ from zeropoint.core.specs import PER_CHANNEL, PER_TENSOR, SYMMETRIC
 from zeropoint.numerics.qparams import (
     FLOAT32_EPS,
     USUAL,
-    choose_float_qparams,
-    choose_qparams,
+    choose_qparams_by_scheme,
     choose_qparams_in_numbers,
     symmetric_zero_point,
 )
@@ -316,12 +315,10 @@ class UniformQuantizationObserverBase(ObserverBase):
 
     def qparams_of_range(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the scale and zero point of any ranges, ``low <= high`` of one shape, by this observer's scheme."""
-        limits, eps = (self.quant_min, self.quant_max), self.eps.item()
-        if self.qscheme == torch.per_channel_affine_float_qparams:
-            return choose_float_qparams(low, high, *limits, eps=eps)
-        middle = self._symmetric_zero_point()
-        symmetric = self.qscheme in SYMMETRIC
-        return choose_qparams(low, high, *limits, symmetric=symmetric, eps=eps, symmetric_zero_point=middle)
+        limits, middle = (self.quant_min, self.quant_max), self._symmetric_zero_point()
+        return choose_qparams_by_scheme(
+            low, high, *limits, self.qscheme, eps=self.eps.item(), symmetric_zero_point=middle
+        )
 
     def _require_range(self, min_val: torch.Tensor, max_val: torch.Tensor) -> None:
         if min_val.numel() == 1 and min_val.item() <= max_val.item():  # In a third of the time of what follows.
