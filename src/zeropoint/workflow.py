@@ -147,7 +147,7 @@ def convert_pt2e(
             what is computed; backends read the other form.
         fold_quantize: store quantized constants as integers; else they stay float with a quantize operator after them.
         fold_quantize_into_mutable_buffers: store as integers, too, the buffers that the model reads quantized and
-            writes by one ``copy_`` of a quantized tensor, in its scale; needs ``fold_quantize``.
+            writes by one ``copy_`` of a quantized tensor, in its scale; warns of others. Needs ``fold_quantize``.
 
     Raises:
         CalibrationError: an observer saw no data; names the tensor.

@@ -90,6 +90,29 @@ def test_complex_data_is_refused(constructor):
         observer(torch.ones(4, 4, dtype=torch.complex64))
 
 
+def test_complex_data_passes_what_leaves_it_as_it_is():
+    x = torch.ones(2, dtype=torch.complex64)
+    assert observers.PlaceholderObserver()(x) is x
+    recording = observers.RecordingObserver()
+    recording(x)
+    assert torch.equal(recording.tensor_val[0], x)
+    for changing in ({"dtype": torch.float16}, {"dtype": torch.int8, "is_dynamic": True}):
+        with pytest.raises(CalibrationError, match="complex64 has no range"):
+            observers.PlaceholderObserver(**changing)(x)
+
+
+def test_one_range_has_the_zero_point_of_its_scheme():
+    """An observer of the user's may keep one range where the scheme is that of channels."""
+    scheme = torch.per_channel_affine_float_qparams
+    observer = PerChannelMinMaxObserver(dtype=torch.quint8, qscheme=scheme)
+    ends = torch.tensor(1.0), torch.tensor(3.0)
+    for one, many in zip(
+        observer._calculate_qparams(*ends), observer._calculate_qparams(*(end[None] for end in ends)), strict=True
+    ):
+        assert torch.equal(one, many)
+    assert observer._calculate_qparams(*ends)[1].item() == pytest.approx(-127.5)
+
+
 def test_a_constant_that_is_not_finite_is_in_no_batch():
     observer = MinMaxObserver()
     observer.site, observer.constant_input = "weight", True

@@ -65,7 +65,10 @@ def test_ranges_of_nothing():
             ours.check_min_max_valid(*map(torch.tensor, ends))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.qint8, torch.uint8, torch.int16, torch.uint16, torch.int32])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int8, torch.qint8, torch.uint8, torch.quint8, torch.int16, torch.uint16, torch.int32, torch.quint4x2],
+)
 @pytest.mark.parametrize("reduce_range", [True, False])
 def test_ranges_of_integers(dtype, reduce_range):
     for custom, low, high in ((False, None, None), (True, 0, 15)):
@@ -79,8 +82,24 @@ def test_ranges_that_are_none_are_refused():
     for bad in ((1, 7), (-7, -1), (0, 0)):
         with pytest.raises(SpecError, match="is no range that holds 0"):
             ours.validate_qmin_qmax(*bad)
+
+
+def test_dtypes_without_integers():
+    assert ours.to_underlying_dtype(torch.quint2x4) == theirs.to_underlying_dtype(torch.quint2x4) == torch.uint8
+    assert ours.to_underlying_dtype(torch.float8_e5m2) == torch.float8_e5m2
     with pytest.raises(SpecError, match="no type to quantize to"):
         ours.to_underlying_dtype(torch.bool)
+    with pytest.raises(SpecError, match=r"torch\.float16 has no integers"):
+        ours.to_underlying_dtype(torch.float16)
+
+
+@pytest.mark.parametrize("custom", [True, False])
+def test_the_middle_of_four_bits_is_one_of_their_integers(custom):
+    ends, eps = (torch.tensor(-1.0), torch.tensor(1.0)), torch.tensor([1e-6])
+    found = ours.determine_qparams(*ends, 0, 15, torch.quint4x2, eps, custom, torch.per_tensor_symmetric)
+    observer = MinMaxObserver(dtype=torch.quint4x2, qscheme=torch.per_tensor_symmetric)
+    observer(torch.stack(ends))
+    assert found[1].item() == observer.calculate_qparams()[1].item() == 7
 
 
 @pytest.mark.parametrize(
@@ -197,7 +216,24 @@ def without_metadata(build):
     return model
 
 
-@pytest.mark.parametrize("build", [models.mlp, models.net])
+class MadeWeights(nn.Module):
+    """Weights whose values are moved, and one that is computed, before a layer reads them."""
+
+    def __init__(self):
+        super().__init__()
+        self.square, self.flat = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(16))
+
+    def forward(self, x):
+        x = nn.functional.linear(x, self.square.permute(1, 0))
+        x = nn.functional.linear(x, self.flat.view(4, 4))
+        return nn.functional.linear(x, self.square.neg())
+
+
+def made_weights():
+    return MadeWeights().eval(), (torch.ones(2, 4),)
+
+
+@pytest.mark.parametrize("build", [models.mlp, models.net, made_weights])
 def test_metadata_of_quantize_and_dequantize_operators(build):
     found, expected = without_metadata(build), without_metadata(build)
     ours_quantizer.PortNodeMetaForQDQ()(found)
@@ -232,6 +268,55 @@ def test_constants_are_folded():
     kept = models.export(Constants(), x)
     constant_fold(kept, lambda node: node.target is torch.ops.aten.neg.default)
     assert models.count(kept, "mul") == 2
+
+
+class Numbers(nn.Module):
+    """Constants of which numbers are made, and two that one operator returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("number", torch.tensor(3))
+        self.weight = nn.Parameter(torch.randn(2, 6))
+
+    def forward(self, x):
+        first, second = self.weight.split(3, 1)
+        return x * (self.number + 1).item(), x @ first.t().neg(), second.sum()
+
+
+def test_constants_that_are_no_tensors_stay_computed():
+    x = torch.randn(4, 3)
+    found, expected = (models.export(Numbers(), x) for _ in range(2))
+    before = found(x)
+    constant_fold(found)
+    theirs_fold(expected)
+    operators = [
+        [str(node.target) for node in model.graph.nodes if node.op != "get_attr"] for model in (found, expected)
+    ]
+    assert operators[0] == operators[1]
+    assert "aten.item.default" in operators[0]
+    frozen = [{name: b for name, b in model.named_buffers() if "_frozen" in name} for model in (found, expected)]
+    assert {name: b.shape for name, b in frozen[0].items()} == {name: b.shape for name, b in frozen[1].items()}
+    assert not list(found.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(found(x), before, strict=True))
+
+
+def test_weights_of_half_precision_stay_as_they_are():
+    half = quantizers.weight(
+        dtype=torch.float16,
+        quant_min=None,
+        quant_max=None,
+        qscheme=None,
+        observer_or_fake_quant_ctr=PlaceholderObserver,
+    )
+
+    def function(model):
+        annotate(models.find(model, "linear"), {"weight": half})
+
+    model = _convert_to_reference_decomposed_fx(prepared(models.mlp, function))
+    expected = copy.deepcopy(model)
+    constant_fold(model)
+    theirs_fold(expected)
+    assert models.count(model, "convert_element_type") == models.count(expected, "convert_element_type") == 2
 
 
 def test_weights_stay_integers():

@@ -108,16 +108,72 @@ def test_values_that_begin_clipped_are_told():
     assert state[0, 0] == 127
 
 
+def test_a_state_that_is_no_number_is_told():
+    model = prepared(State())
+    model.buf[1, 2] = torch.nan
+    with pytest.warns(UserWarning, match="1 of 6 values of buffer 'buf' lie outside"):
+        convert_pt2e(model, fold_quantize_into_mutable_buffers=True)
+
+
 def reading_as_float(model):
     annotated(model)
     models.find(model, "add").meta.pop(quantizers.KEY)
 
 
+class OnlyWritten(State):
+    def forward(self, x):
+        self.buf.copy_(x * 0.5)
+        return x + 1.0
+
+
+def writing_floats(model):
+    annotated(model)
+    models.find(model, "mul").meta.pop(quantizers.KEY)
+
+
 @pytest.mark.parametrize(
-    ("module", "function"), [(State(in_place=True), annotated), (State(), reading_as_float)], ids=["in place", "float"]
+    ("module", "function", "reason"),
+    [
+        (State(in_place=True), annotated, r"add_ .*does not read it quantized per tensor"),
+        (State(), reading_as_float, r"add .*does not read it quantized per tensor"),
+        (State(), writing_floats, r"copy_ .*writes what is not quantized per tensor"),
+        (OnlyWritten(), annotated, r"1 copy_ write to it and 0 operators read it"),
+    ],
+    ids=["in place", "read as float", "written as float", "only written"],
 )
-def test_other_buffers_stay_float(module, function):
-    assert converted(module, function).buf.dtype == torch.float32
+def test_other_buffers_stay_float_and_are_told(module, function, reason):
+    model = prepared(module, function)
+    with pytest.warns(UserWarning, match=f"buffer 'buf' stays float: {reason}"):
+        state = convert_pt2e(model, fold_quantize_into_mutable_buffers=True).buf
+    assert state.dtype == torch.float32
+
+
+class ReadAfterwards(State):
+    """Read before it is written and after, or after only."""
+
+    def __init__(self, *, before):
+        super().__init__()
+        self.before = before
+
+    def forward(self, x):
+        self.buf.copy_((self.buf + x) * 0.5 if self.before else x * 0.5)
+        return self.buf * 2.0
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_what_reads_the_written_buffer_reads_integers(before):
+    start = prepared(ReadAfterwards(before=before))
+    plain = convert_pt2e(deep_copy(start))
+    model = convert_pt2e(start, fold_quantize_into_mutable_buffers=True)
+    (copy,) = (node for node in model.graph.nodes if node.target is torch.ops.aten.copy_.default)
+    assert model.buf.dtype == torch.int8
+    assert [user.target for user in copy.users] == [ops.DEQUANTIZE_PER_TENSOR]
+    assert {user.args[1:] for user in (*copy.users, *copy.args[0].users) if user is not copy} == {copy.args[1].args[1:]}
+    qparams = copy.args[1].args[1:]
+    for x in torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(1)):
+        y = model(x)
+        assert (plain(x) - y).abs().max() <= 4 * qparams[0]
+        assert (y - 2 * ops.DEQUANTIZE_PER_TENSOR(model.buf, *qparams)).abs().max() <= 2 * qparams[0]
 
 
 def test_memory_layout_and_what_is_not_saved_are_kept():
@@ -158,21 +214,23 @@ def test_reference_integers_are_those_of_the_graph():
 
 
 class WithLayer(nn.Module):
-    def __init__(self):
+    def __init__(self, *, reads_written=False):
         super().__init__()
         self.register_buffer("buf", torch.linspace(-0.2, 0.2, 4)[None])
         self.layer = nn.Linear(4, 4)
+        self.reads_written = reads_written
 
     def forward(self, x):
         new = self.buf * 0.5 + x
         self.buf.copy_(new)
-        return self.layer(new)
+        return self.layer(self.buf if self.reads_written else new)
 
 
-def test_a_file_keeps_its_state_as_integers():
+@pytest.mark.parametrize("reads_written", [True, False])
+def test_a_file_keeps_its_state_as_integers(reads_written):
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
     x = torch.randn(1, 4, generator=torch.Generator().manual_seed(3))
-    model = prepare_pt2e(models.export(WithLayer().eval(), x), quantizer)
+    model = prepare_pt2e(models.export(WithLayer(reads_written=reads_written).eval(), x), quantizer)
     start = model.buf.clone()
     for scale in (0.5, 1.0, -1.0):
         model(x * scale)

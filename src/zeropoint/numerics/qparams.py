@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from zeropoint.core.dtypes import plain_dtype
+from zeropoint.core.specs import SYMMETRIC
 
 FLOAT32_EPS = float(torch.finfo(torch.float32).eps)
 """Smallest scale where the user gives none, as in PyTorch's observers."""
@@ -87,11 +88,29 @@ def choose_float_qparams(
     return scale, -min_val.float() / scale
 
 
+def choose_qparams_by_scheme(
+    min_val: torch.Tensor,
+    max_val: torch.Tensor,
+    quant_min: int,
+    quant_max: int,
+    qscheme: torch.qscheme,
+    *,
+    eps: float,
+    symmetric_zero_point: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what ``choose_qparams`` or ``choose_float_qparams`` does, whichever the scheme asks for."""
+    limits = quant_min, quant_max
+    if qscheme == torch.per_channel_affine_float_qparams:
+        return choose_float_qparams(min_val, max_val, *limits, eps=eps)
+    symmetric, middle = qscheme in SYMMETRIC, symmetric_zero_point
+    return choose_qparams(min_val, max_val, *limits, symmetric=symmetric, eps=eps, symmetric_zero_point=middle)
+
+
 def symmetric_zero_point(dtype: torch.dtype, quant_min: int, quant_max: int, *, custom_range: bool) -> int:
     """Returns the zero point of a symmetric scheme: 0 for signed types, the middle of the range for unsigned ones."""
     match plain_dtype(dtype):
         case torch.uint8:
-            return (quant_min + quant_max) // 2 if custom_range else 128
+            return (quant_min + quant_max) // 2 if custom_range or dtype == torch.quint4x2 else 128
         case torch.uint16:
             return 2**15
         case _:

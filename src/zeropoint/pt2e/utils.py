@@ -10,14 +10,14 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.nn.utils.parametrize import is_parametrized
 
-from zeropoint.core.dtypes import check_dtype, checked_range, integer_range, plain_dtype
+from zeropoint.core.dtypes import FLOAT_DTYPES, check_dtype, checked_range, integer_range, plain_dtype
 from zeropoint.core.errors import CalibrationError, SpecError
 from zeropoint.core.specs import PER_CHANNEL, PER_TENSOR, SYMMETRIC
 from zeropoint.graph.attributes import get_new_attr_name_with_prefix
 from zeropoint.graph.capture import pattern_graph as _get_aten_graph_module_for_pattern
 from zeropoint.graph.layers import CONVOLUTIONS, LINEAR, TRANSPOSED
 from zeropoint.numerics.observers import PlaceholderObserver
-from zeropoint.numerics.qparams import choose_float_qparams, choose_qparams, symmetric_zero_point
+from zeropoint.numerics.qparams import choose_qparams_by_scheme, symmetric_zero_point
 
 aten = torch.ops.aten
 _TRANSPOSED_PACKETS = tuple(each.overloadpacket for each in TRANSPOSED)
@@ -98,8 +98,12 @@ def to_underlying_dtype(qdtype: torch.dtype) -> torch.dtype:
     Raises:
         SpecError: tensors are not quantized to it.
     """
+    if qdtype == torch.quint2x4:
+        return torch.uint8
     check_dtype(qdtype, "to_underlying_dtype")
-    return torch.uint8 if qdtype in (torch.quint4x2, torch.quint2x4) else plain_dtype(qdtype)
+    if qdtype in FLOAT_DTYPES:
+        raise SpecError(f"{qdtype} has no integers", where="to_underlying_dtype", remedy="Use e.g. torch.int8.")
+    return plain_dtype(qdtype)
 
 
 def get_qparam_dict(observer_or_fake_quant: Any) -> dict[str, Any]:
@@ -138,13 +142,15 @@ def check_min_max_valid(min_val: torch.Tensor, max_val: torch.Tensor) -> bool:
 def calculate_qmin_qmax(
     quant_min: int, quant_max: int, has_customized_qrange: bool, dtype: torch.dtype, reduce_range: bool
 ) -> tuple[int, int]:
-    """Returns the range of integers of an observer: its own or that of the dtype, half of it for ``reduce_range``.
+    """Returns the range of integers of an observer: its own or that of the dtype; half of it for ``reduce_range``.
+
+    Of the dtypes' own ranges, those of 8 bits are halved.
 
     Raises:
         SpecError: the range is empty or does not fit the dtype.
     """
     low, high = checked_range(dtype, quant_min, quant_max) if has_customized_qrange else integer_range(dtype)
-    halved = reduce_range and (has_customized_qrange or plain_dtype(dtype) in (torch.int8, torch.uint8))
+    halved = reduce_range and (has_customized_qrange or high - low == 255)
     return (low // 2, high // 2) if halved else (low, high)
 
 
@@ -176,15 +182,10 @@ def determine_qparams(
     """
     if not check_min_max_valid(min_val, max_val):
         return torch.ones(1, device=min_val.device), torch.zeros(1, device=min_val.device, dtype=torch.int64)
-    limits, least = (quant_min, quant_max), eps.item()
-    if qscheme == torch.per_channel_affine_float_qparams:
-        scale, zero_point = choose_float_qparams(min_val, max_val, *limits, eps=least)
-    else:
-        middle = symmetric_zero_point(dtype, *limits, custom_range=has_customized_qrange)
-        symmetric = qscheme in SYMMETRIC
-        scale, zero_point = choose_qparams(
-            min_val, max_val, *limits, symmetric=symmetric, eps=least, symmetric_zero_point=middle
-        )
+    middle = symmetric_zero_point(dtype, quant_min, quant_max, custom_range=has_customized_qrange)
+    scale, zero_point = choose_qparams_by_scheme(
+        min_val, max_val, quant_min, quant_max, qscheme, eps=eps.item(), symmetric_zero_point=middle
+    )
     return torch.atleast_1d(scale).double(), torch.atleast_1d(zero_point).to(torch.int64)
 
 

@@ -16,8 +16,7 @@ from zeropoint.core.specs import PER_CHANNEL, PER_TENSOR, SYMMETRIC
 from zeropoint.numerics.qparams import (
     FLOAT32_EPS,
     USUAL,
-    choose_float_qparams,
-    choose_qparams,
+    choose_qparams_by_scheme,
     choose_qparams_in_numbers,
     symmetric_zero_point,
 )
@@ -130,16 +129,21 @@ class ObserverBase(WithArgs, torch.nn.Module):
         """Returns how error messages name this observer: its site, else its class."""
         return self.site if self.site else type(self).__name__
 
+    @property
+    def takes_complex(self) -> bool:
+        """True where a tensor that passes may be complex: it is neither measured nor changed."""
+        return False
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Observes ``x``, any shape and float dtype, and returns it; an empty tensor is not observed.
 
         Raises:
             NonFiniteError: ``x`` holds NaN or infinity; the statistics are then as before.
-            CalibrationError: ``x`` is complex.
+            CalibrationError: ``x`` is complex, and what becomes of it needs a range.
         """
         if x.numel() == 0:
             return x
-        if x.is_complex():
+        if x.is_complex() and not self.takes_complex:
             remedy = "Annotate its real and its imaginary part, or leave the operator float."
             raise CalibrationError(f"a tensor of {x.dtype} has no range", where=self.where, remedy=remedy)
         if self.constant_input:
@@ -271,8 +275,8 @@ class UniformQuantizationObserverBase(ObserverBase):
             raise SpecError(what, where=where, remedy=remedy)
 
     def _symmetric_zero_point(self) -> int:
-        narrow = self.has_customized_qrange or self.dtype == torch.quint4x2
-        return symmetric_zero_point(self.dtype, self.quant_min, self.quant_max, custom_range=narrow)
+        limits = self.quant_min, self.quant_max
+        return symmetric_zero_point(self.dtype, *limits, custom_range=self.has_customized_qrange)
 
     def _calculate_qparams(self, min_val: torch.Tensor, max_val: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the scale (float32) and zero point that cover the range, in its shape, a single value as ``(1,)``.
@@ -299,7 +303,8 @@ class UniformQuantizationObserverBase(ObserverBase):
         None where there are many, or not of the usual kind and size.
         """
         is_ours = type(self).qparams_of_range is UniformQuantizationObserverBase.qparams_of_range
-        if not is_ours or min_val.dim() > 0 or not is_plain(min_val):
+        has_float_zero_point = self.qscheme == torch.per_channel_affine_float_qparams
+        if not is_ours or has_float_zero_point or min_val.dim() > 0 or not is_plain(min_val):
             return None
         low, high = min_val.item(), max_val.item()
         if not -USUAL < low <= high < USUAL:
@@ -310,12 +315,10 @@ class UniformQuantizationObserverBase(ObserverBase):
 
     def qparams_of_range(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the scale and zero point of any ranges, ``low <= high`` of one shape, by this observer's scheme."""
-        limits, eps = (self.quant_min, self.quant_max), self.eps.item()
-        if self.qscheme == torch.per_channel_affine_float_qparams:
-            return choose_float_qparams(low, high, *limits, eps=eps)
-        middle = self._symmetric_zero_point()
-        symmetric = self.qscheme in SYMMETRIC
-        return choose_qparams(low, high, *limits, symmetric=symmetric, eps=eps, symmetric_zero_point=middle)
+        limits, middle = (self.quant_min, self.quant_max), self._symmetric_zero_point()
+        return choose_qparams_by_scheme(
+            low, high, *limits, self.qscheme, eps=self.eps.item(), symmetric_zero_point=middle
+        )
 
     def _require_range(self, min_val: torch.Tensor, max_val: torch.Tensor) -> None:
         if min_val.numel() == 1 and min_val.item() <= max_val.item():  # In a third of the time of what follows.

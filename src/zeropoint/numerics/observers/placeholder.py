@@ -55,6 +55,11 @@ class PlaceholderObserver(ObserverBase):
         self.custom_op = custom_op_name
         self.granularity = self._checked_granularity(granularity)
 
+    @property
+    def takes_complex(self) -> bool:
+        """True where the tensor stays as it is."""
+        return self.dtype in (torch.float32, torch.float64) and not self.is_dynamic
+
     def _checked_granularity(self, value: Any) -> Granularity:
         granularity = PerTensor() if value is None else granularity_of(value, type(self).__name__)
         whole_range = self.quant_min in (None, -128) and self.quant_max in (None, 127)
@@ -81,6 +86,11 @@ class RecordingObserver(ObserverBase):
         super().__init__(dtype)
         self._refuse_unknown(spec)
         self.tensor_val: list[torch.Tensor] = []
+
+    @property
+    def takes_complex(self) -> bool:
+        """True: it keeps any tensor."""
+        return True
 
     def observe(self, x: torch.Tensor) -> None:
         self.tensor_val.append(x.clone())

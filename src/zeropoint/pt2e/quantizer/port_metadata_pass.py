@@ -1,14 +1,22 @@
 """Metadata of quantize and dequantize operators, in graphs that others made: ``convert_pt2e`` gives it to its own."""
 
+import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from zeropoint.annotate.annotation import Q_ANNOTATION_KEY, is_valid_annotation
+from zeropoint.graph.layers import MOVES
 from zeropoint.numerics import ops
 
 __all__ = ["PortNodeMetaForQDQ"]
 
+aten = torch.ops.aten
 PORTED = ("stack_trace", "quantization_tag")
+MOVING = (
+    *MOVES, aten.slice.Tensor, aten.view_copy.default, aten.permute_copy.default, aten.transpose_copy.int,
+    aten.squeeze_copy.dim, aten.unsqueeze_copy.default, aten.slice_copy.Tensor,
+)  # fmt: skip
+"""What may lie between a weight and its quantize operator, as it is exported or lowered to edge."""
 
 
 class PortNodeMetaForQDQ(PassBase):
@@ -38,12 +46,13 @@ class PortNodeMetaForQDQ(PassBase):
 def _port_to_quantize(quantize: object, reader: Node) -> None:
     if not isinstance(quantize, Node) or quantize.target not in ops.QUANTIZE_OPS:
         return
-    chain = [quantize]
-    while chain[-1].op == "call_function" and chain[-1].all_input_nodes:
-        chain.append(chain[-1].all_input_nodes[0])
-    if chain[-1].op == "get_attr" and all(len(each.all_input_nodes) == 1 for each in chain[1:-1]):
-        for each in chain[:-1]:
-            _port(each, chain[-1])
+    chain, source = [quantize], quantize.all_input_nodes[0]
+    while source.target in MOVING:
+        chain.append(source)
+        source = source.all_input_nodes[0]
+    if source.op == "get_attr":
+        for each in chain:
+            _port(each, source)
         return
     found = [
         (scale, choose)

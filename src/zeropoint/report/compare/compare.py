@@ -20,6 +20,7 @@ from zeropoint.report.compare.compare_run import Comparing
 from zeropoint.report.compare.site_table import Comparison
 from zeropoint.report.compare.twin import WHERE
 from zeropoint.report.conversions import is_dequantize
+from zeropoint.report.float_state import require_float_state
 from zeropoint.report.record import record_of
 
 
@@ -57,6 +58,7 @@ def _graph(quantized: Any) -> GraphModule:
         raise ComparisonError(what, where=WHERE, remedy="Give what convert_pt2e or quantize returned.")
     graph = graphs[0]
     if any(is_dequantize(node) for node in graph.graph.nodes):
+        require_float_state(graph, WHERE)
         return graph
     what, remedy = "the quantized model has no dequantize operators", "Give what convert_pt2e or quantize returned."
     if has_observers(graph):

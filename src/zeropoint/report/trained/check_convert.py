@@ -25,6 +25,7 @@ from zeropoint.graph.within import graphs_within
 from zeropoint.numerics.sqnr import sqnr_db
 from zeropoint.passes.convert import SITE_KEY
 from zeropoint.passes.qparams_of import saw_nothing
+from zeropoint.report.float_state import require_float_state
 from zeropoint.report.record import record_of
 from zeropoint.report.trained.site_values import ConvertedRun, PreparedRun, SiteValue, output_scale, steps_apart
 
@@ -125,6 +126,7 @@ def check_convert(prepared: nn.Module, converted: nn.Module, inputs: Any) -> Con
     trained, result = _graph(prepared, "prepared"), _graph(converted, "converted")
     _require_fake_quantizers(trained)
     _require_sites(result)
+    require_float_state(result, WHERE)
     values = inputs_for(trained, inputs, WHERE)
     reference = PreparedRun(_in_eval_mode(trained))
     expected = _run(reference, values)
