@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zeropoint.algorithms.qat_schedule import QATSchedule
 from zeropoint.graph import replay
-from zeropoint.numerics.fake_quantize import FakeQuantize
+from zeropoint.numerics.fake_quantize import FakeQuantize, disable_observer
 from zeropoint.report.trained.check_convert import check_convert
 from zeropoint.workflow import convert_pt2e, prepare_qat_pt2e
 
@@ -101,3 +101,21 @@ def test_a_compiled_step_is_the_plain_step():
     again, found = train(other, torch.compile(other, backend="aot_eager"), settings)
     assert again == pytest.approx(losses, rel=1e-5)
     assert all(torch.allclose(found[name], gradients[name], atol=1e-5) for name in gradients)
+
+
+def test_averaged_weights_and_evaluation_between_steps():
+    """As docs/training.md has it: averaged after the first step, evaluated with ranges that stay, on data not seen."""
+    model = prepared("moving average")
+    train(model, model, {}, steps=1)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    for step in range(1, 4):
+        train(model, model, {}, steps=step)
+        averaged.update_parameters(model)
+    for each in (model, averaged.module):
+        converted = convert_pt2e(copy.deepcopy(each))
+        assert check_convert(each, converted, (inputs(0),)).largest_steps == 0
+        evaluated = copy.deepcopy(each).eval().apply(disable_observer)
+        for step in range(10, 13):
+            assert torch.equal(evaluated(inputs(step) * 3), converted(inputs(step) * 3))
+    weights = [dict(each.named_parameters())["0.weight"] for each in (model, averaged.module)]
+    assert not torch.equal(*weights)
