@@ -55,6 +55,10 @@ def deep():
 def broken():
     return {}["images"]
 
+def ending():
+    yield (torch.randn(1, 3, 8, 8),)
+    raise OSError("no such disk")
+
 def of_a_folder(folder):
     return [folder]
 
@@ -288,6 +292,8 @@ def test_functions_of_the_user_that_fail_say_what_they_raised(folder):
     assert "user_model:broken: it raised KeyError: 'images'" in found
     found = run("quantize", "user_model:build", "--data", "user_model:of_a_folder", "-o", "out", code=2).stderr
     assert "it cannot be called without arguments" in found
+    found = run("quantize", "user_model:build", "--data", "user_model:ending", "-o", "out", code=2).stderr
+    assert "user_model:ending: it raised OSError: no such disk. --debug shows where." in found
 
 
 @pytest.mark.parametrize(
