@@ -8,8 +8,9 @@ from resumable import TRAININGS, inputs, network
 from torch.utils.checkpoint import checkpoint
 
 from zeropoint.algorithms.qat_schedule import QATSchedule
+from zeropoint.core.errors import CaptureError
 from zeropoint.graph import replay
-from zeropoint.numerics.fake_quantize import FakeQuantize
+from zeropoint.numerics.fake_quantize import FakeQuantize, disable_observer
 from zeropoint.report.trained.check_convert import check_convert
 from zeropoint.workflow import convert_pt2e, prepare_qat_pt2e
 
@@ -101,3 +102,49 @@ def test_a_compiled_step_is_the_plain_step():
     again, found = train(other, torch.compile(other, backend="aot_eager"), settings)
     assert again == pytest.approx(losses, rel=1e-5)
     assert all(torch.allclose(found[name], gradients[name], atol=1e-5) for name in gradients)
+
+
+def test_averaged_weights_and_evaluation_between_steps():
+    """As docs/training.md has it: averaged after the first step, evaluated with ranges that stay, on data not seen."""
+    model = prepared("moving average")
+    train(model, model, {}, steps=1)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    for step in range(1, 4):
+        train(model, model, {}, steps=step)
+        averaged.update_parameters(model)
+    for each in (model, averaged.module):
+        converted = convert_pt2e(copy.deepcopy(each))
+        assert check_convert(each, converted, (inputs(0),)).largest_steps == 0
+        evaluated = copy.deepcopy(each).eval().apply(disable_observer)
+        for step in range(10, 13):
+            assert torch.equal(evaluated(inputs(step) * 3), converted(inputs(step) * 3))
+    weights = [dict(each.named_parameters())["0.weight"] for each in (model, averaged.module)]
+    assert not torch.equal(*weights)
+
+
+def test_a_model_that_was_pickled_trains_on_and_says_why_it_cannot_be_converted(tmp_path):
+    """Metadata of the graph does not survive ``torch.save(model)``; what is computed of running statistics does."""
+    model = prepared("moving average")
+    train(model, model, {}, steps=1)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert loaded.state_dict().keys() <= model.state_dict().keys()
+    (losses, gradients), (expected, wanted) = train(loaded, loaded, {}), train(model, model, {})
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert all(torch.allclose(gradients[name], wanted[name], atol=1e-5) for name in wanted)
+    results = [copy.deepcopy(each).eval().apply(disable_observer)(inputs(9)) for each in (model, loaded)]
+    assert torch.allclose(*results, atol=1e-3)
+    with pytest.raises(CaptureError, match=r"was pickled, as torch.save\(model\) does, .* Save its state_dict\(\)"):
+        convert_pt2e(loaded)
+
+
+def test_a_converted_model_that_was_pickled_keeps_its_integers(tmp_path):
+    model = prepared("moving average")
+    train(model, model, {}, steps=1)
+    converted = convert_pt2e(model)
+    torch.save(converted, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded(inputs(9)), converted(inputs(9)))
+    types = [sorted(str(each.dtype) for each in m.state_dict().values()) for m in (loaded, converted)]
+    assert types[0] == types[1]
+    assert "torch.int8" in types[0]

@@ -55,6 +55,10 @@ def deep():
 def broken():
     return {}["images"]
 
+def ending():
+    yield (torch.randn(1, 3, 8, 8),)
+    raise OSError("no such disk")
+
 def of_a_folder(folder):
     return [folder]
 
@@ -253,6 +257,19 @@ def test_data_that_does_not_fit(folder):
     assert "4 samples" in run("quantize", "model.pt2", "--data", "data.safetensors", "--dry-run").stdout
 
 
+def test_an_index_that_the_model_has_no_row_for(folder):
+    """The error names the operator, and says that it may be the data; torch's own traceback is for --debug."""
+    module = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4)).eval()
+    torch.export.save(torch.export.export(module, (torch.zeros(1, 6, dtype=torch.int64),)), "words.pt2")
+    np.savez("words.npz", x=np.arange(24).reshape(4, 6))
+    stderr = run("quantize", "words.pt2", "--data", "words.npz", "-o", "out", code=1).stderr
+    assert "IndexError: index out of range in self" in stderr
+    assert "aten.embedding.default" in stderr
+    assert "The model fails on these inputs" in stderr
+    assert "traceback" not in stderr
+    assert not Path("out").exists()
+
+
 def test_pictures_in_folders_of_classes(folder):
     from zeropoint.cli.data import load_data
     from zeropoint.cli.settings import DataSettings, ImageSettings
@@ -275,6 +292,8 @@ def test_functions_of_the_user_that_fail_say_what_they_raised(folder):
     assert "user_model:broken: it raised KeyError: 'images'" in found
     found = run("quantize", "user_model:build", "--data", "user_model:of_a_folder", "-o", "out", code=2).stderr
     assert "it cannot be called without arguments" in found
+    found = run("quantize", "user_model:build", "--data", "user_model:ending", "-o", "out", code=2).stderr
+    assert "user_model:ending: it raised OSError: no such disk. --debug shows where." in found
 
 
 @pytest.mark.parametrize(

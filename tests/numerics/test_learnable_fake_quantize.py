@@ -306,6 +306,22 @@ def test_one_range_twice_in_a_step(learns):
     assert (module.scale.grad is not None) == learns
 
 
+@pytest.mark.parametrize("change", ["add_", "relu_"])
+def test_what_comes_after_may_write_to_the_result(change):
+    """``y += x`` stays ``add_`` in an exported graph, and the way back must not need what it overwrites."""
+    module = LearnableFakeQuantize(MovingAverageMinMaxObserver, **INT8)
+    module(data())
+    module.enable_range_learning()
+    found = []
+    for name in (change, change.rstrip("_")):
+        x = data(4).requires_grad_()
+        getattr(module(x), name)(*[x.detach()] * (change == "add_")).square().sum().backward()
+        found.append((x.grad, module.scale.grad, module.zero_point.grad))
+        module.zero_grad()
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert found[0][1].abs().sum() > 0
+
+
 def test_until_it_learns_it_is_a_fake_quantizer():
     observer = MovingAveragePerChannelMinMaxObserver.with_args(ch_axis=1, qscheme=torch.per_channel_affine)
     found = []

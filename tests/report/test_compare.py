@@ -247,3 +247,30 @@ def test_what_cannot_be_compared_is_refused_in_words():
         zp.compare(model, converted, [(torch.full((4, 8, 6, 6), math.nan),)])
     with pytest.raises(CalibrationError, match="shape"):
         zp.compare(model, converted, [(torch.zeros(4, 8, 5, 5),)])
+
+
+def test_a_rule_for_a_module_that_is_called_again_elsewhere():
+    """One relu module ends a linear layer and a sum: a rule for it would take the sum apart, which costs accuracy."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.first, self.second = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+            self.last, self.act = nn.Linear(32, 5), nn.ReLU()
+
+        def forward(self, x):
+            return self.last(self.act(x + self.second(self.act(self.first(self.norm(x))))))
+
+    torch.manual_seed(1)
+    model, data = Twice().eval(), [(torch.randn(8, 32),) for _ in range(6)]
+    with torch.no_grad():
+        model.first.weight[5] *= 100
+        model.first.bias[5] *= 100
+        model.second.weight[:, 5] /= 100
+    of = quantizer(is_per_channel=True)
+    found = zp.compare(model, quantized(model, data, of), data, measure=1)
+    (cure,) = found.cures
+    assert found.worst.module == "act"
+    assert (sorted(cure.modules), cure.nodes) == (["first", "second"], ("relu",))
+    cured = zp.compare(model, quantized(model, data, found.apply(of)), data, measure=0)
+    assert cured.sqnr_db - found.sqnr_db == pytest.approx(found.gain_db, abs=1)

@@ -13,7 +13,7 @@ import torch
 from zeropoint.cli.array_files import read_arrays
 from zeropoint.cli.exits import UsageError
 from zeropoint.cli.pictures import Pictures
-from zeropoint.cli.python_names import call, find, is_python_name
+from zeropoint.cli.python_names import call, find, is_python_name, items
 from zeropoint.cli.settings import DataSettings
 from zeropoint.core.errors import CalibrationError
 
@@ -159,7 +159,7 @@ def _of_python(name: str, settings: DataSettings) -> Data:
         raise UsageError(what, where=name, remedy=YIELDED)
     batches: list[Any] = []
     sizes: list[int] = []
-    for each in made:
+    for each in items(made, name):
         batch = each if isinstance(each, tuple) else tuple(each) if isinstance(each, list) else (each,)
         batches.append(batch)
         sizes.append(batch_size(batch))

@@ -81,10 +81,25 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except BrokenPipeError:
             raise  # Who reads the results has enough, as ``head`` has: typer ends without a word.
         except Exception as error:
-            hint = "" if debug else " This may be a defect of zeropoint: --debug shows where it happened."
-            _end(Exit.FAILED, f"{type(error).__name__}: {str(error).strip()}.{hint}", show_trace=debug)
+            hint = "" if debug else f" {_whose(error)}: --debug shows where it happened."
+            _end(Exit.FAILED, f"{type(error).__name__}: {_without_trace(error)}.{hint}", show_trace=debug)
 
     return run
+
+
+IN_MODEL = "While executing"
+TRACE = "\nOriginal traceback:"
+"""What torch.fx adds to an error of an operator in a graph: the operator, and after it the model's own traceback."""
+
+
+def _without_trace(error: Exception) -> str:
+    return " ".join(str(error).partition(TRACE)[0].split())
+
+
+def _whose(error: Exception) -> str:
+    if IN_MODEL in str(error):
+        return "The model fails on these inputs, an index out of its range among them, or zeropoint has a defect"
+    return "This may be a defect of zeropoint"
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,25 @@ def call(found: Any, where: str, remedy: str) -> Any:
     except ZeropointError:
         raise
     except Exception as error:
-        what = f"it raised {type(error).__name__}: {error}"
-        raise UsageError(what, where=where, remedy="--debug shows where.") from error
+        raise _raised(error, where) from error
+
+
+def items(found: Iterable[Any], where: str) -> Iterator[Any]:
+    """Yields what a user's iterable does.
+
+    Raises:
+        UsageError: it raised something.
+    """
+    try:
+        yield from found
+    except ZeropointError:
+        raise
+    except Exception as error:
+        raise _raised(error, where) from error
+
+
+def _raised(error: Exception, where: str) -> UsageError:
+    return UsageError(f"it raised {type(error).__name__}: {error}", where=where, remedy="--debug shows where.")
 
 
 def _names(found: Any) -> str:

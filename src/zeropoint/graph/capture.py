@@ -119,14 +119,23 @@ def require_exported(model: object) -> GraphModule:
     """Returns the model when it is an exported graph module.
 
     Raises:
-        CaptureError: it is anything else; the message says how to export it.
+        CaptureError: it is anything else, or was pickled; the message says how to export it.
     """
+    if isinstance(model, GraphModule) and _is_pickled(model):
+        remedy = "Save its state_dict(), and load that into a model that is exported and prepared anew."
+        raise CaptureError("the graph was pickled, as torch.save(model) does, and lost its metadata", remedy=remedy)
     if isinstance(model, GraphModule) and is_exported(model):
         return model
     remedy = "Export it first: torch.export.export(model, example_inputs).module()."
     if isinstance(model, ExportedProgram):
         remedy = "Take its module: exported_program.module()."
     raise CaptureError(f"got {type(model).__name__}, not an exported graph module", remedy=remedy)
+
+
+def _is_pickled(model: GraphModule) -> bool:
+    """True for a graph of ours of whose inputs nothing is known: unpickling traces it anew, without metadata."""
+    inputs = [node for node in model.graph.nodes if node.op == "placeholder"]
+    return isinstance(model, SwitchedModule) and bool(inputs) and not any("val" in node.meta for node in inputs)
 
 
 def _export(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, strict: bool) -> GraphModule:

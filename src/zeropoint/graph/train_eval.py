@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Node, Tracer
 
 from zeropoint.core.errors import CaptureError
 from zeropoint.graph.batch_norms import BATCH_NORMS, is_in_train_mode, keeps_statistics, set_train_mode
@@ -165,7 +165,15 @@ class SwitchedModule(GraphModule):
         return _rebuild(_kind(self), super().__copy__, ())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (_kind(self), *super().__reduce__())
+        rebuild, arguments = super().__reduce__()
+        arguments[0]["_tracer_cls"] = BufferTracer
+        return _rebuild, (_kind(self), rebuild, arguments)
+
+
+class BufferTracer(Tracer):
+    """Traces an unpickled graph: what is computed of buffers, such as running statistics, stays computed."""
+
+    proxy_buffer_attributes = True
 
 
 def _kind(model: GraphModule) -> type[GraphModule]:

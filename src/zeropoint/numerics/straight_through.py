@@ -204,6 +204,17 @@ def learned_fake_quantize(
     return _Learned.apply(x, scale.reshape(view), zero_point.reshape(view), quant_min, quant_max, factor)[0]  # type: ignore[index]
 
 
+def _steps_of(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Returns the integers, less the zero point, before they are clamped."""
+    return torch.mul(x.float(), 1 / scale).round_()
+
+
+def _kept(steps: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int) -> torch.Tensor:
+    """Returns them clamped, in a tensor of its own."""
+    zero = zero_point.round().clamp(quant_min, quant_max)
+    return steps.clamp(quant_min - zero, quant_max - zero)
+
+
 class _Learned(torch.autograd.Function):
     """Returns the rounded tensor, and where it was not clamped. ``scale`` and ``zero_point`` broadcast to ``x``."""
 
@@ -213,9 +224,8 @@ class _Learned(torch.autograd.Function):
         x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int, factor: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         del factor
-        zero = zero_point.round().clamp(quant_min, quant_max)
-        steps = torch.mul(x.float(), 1 / scale).round_()
-        kept = steps.clamp(quant_min - zero, quant_max - zero)
+        steps = _steps_of(x, scale)
+        kept = _kept(steps, zero_point, quant_min, quant_max)
         inside = steps.eq(kept)
         return kept.mul_(scale).to(x.dtype), inside
 
@@ -223,17 +233,18 @@ class _Learned(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         learns = any(ctx.needs_input_grad[1:3])  # Else the scale may be written before the way back: it is observed.
-        x, scale, y = (inputs[0], inputs[1], output[0]) if learns else (None, None, None)
-        ctx.save_for_backward(x, scale, y, output[1])
-        ctx.factor = inputs[5]
+        x, scale, zero_point = inputs[:3] if learns else (None, None, None)
+        ctx.save_for_backward(x, scale, zero_point, output[1])  # Not the result, which ``y += x`` may write to.
+        ctx.limits, ctx.factor = inputs[3:5], inputs[5]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        x, scale, y, inside = ctx.saved_tensors
+        x, scale, zero_point, inside = ctx.saved_tensors
         of_x = gradients[0] * inside
         of_scale = of_zero_point = None
         if ctx.needs_input_grad[1]:
-            terms = (y.float() - x * inside) * gradients[0]  # (round(v) - v) or the bound, times scale.
+            rounded = _kept(_steps_of(x, scale), zero_point, *ctx.limits) * scale
+            terms = (rounded - x * inside) * gradients[0]  # (round(v) - v) or the bound, times scale.
             of_scale = terms.sum_to_size(scale.shape) / scale * ctx.factor
         if ctx.needs_input_grad[2]:
             clamped = (gradients[0] - of_x).float().sum_to_size(scale.shape)

@@ -246,11 +246,16 @@ class Patient:
         in_order = [node for node in self.run.nodes if node in asking]
         for module in dict.fromkeys(map(module_path, in_order)):
             inside = self._within.get(module, set())
-            if module and self.lost(frozenset(inside)) == self.lost(frozenset(inside & asking)):
+            is_free = self.lost(frozenset(inside)) == self.lost(frozenset(inside & asking))
+            if module and is_free and self._are_whole(inside | asking):
                 modules.append(module)
                 left -= inside
                 floats |= inside
         yield Proposal("float", tuple(modules), tuple(n.name for n in in_order if n in left), frozenset(floats))
+
+    def _are_whole(self, nodes: set[Node]) -> bool:
+        """True where none is computed as one with another node: of a relu called twice, one may end a sum."""
+        return all(nodes.issuperset(self._chains.get(node, ())) for node in nodes)
 
 
 def mean_db(sums: Iterable[Sums]) -> float:
