@@ -157,6 +157,11 @@ def test_a_server_that_nobody_asks_ends(environment, monkeypatch):
     assert called(server, environment, "return").returncode == 0
     server._started.process.wait(30)
     assert called(server, environment, "return").returncode == 0
+    server._started.process.wait(30)
+    ended = server._started
+    server.start(environment)
+    assert server._started is not ended
+    assert called(server, environment, "return").returncode == 0
     server.close()
 
 

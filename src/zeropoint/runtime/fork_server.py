@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import json
 import os
-import select
 import signal
 import socket
 import struct
@@ -70,8 +69,10 @@ class ForkServer:
             return subprocess.CompletedProcess([module, *arguments], 1 if code is None else code, _content(out), words)
 
     def start(self, environment: dict[str, str]) -> None:
-        """Starts the server, if there is none: it imports while the caller goes on."""
+        """Starts the server, if none runs: it imports while the caller goes on."""
         with self._lock:
+            if self._started is not None and not self._started.is_running():
+                self.close()
             if self._started is None:
                 self._started = _Started(environment)
 
@@ -114,6 +115,10 @@ class _Started:
                 start_new_session=True,  # An interruption from the keyboard is the caller's to handle.
             )
 
+    def is_running(self) -> bool:
+        """True where it runs, and is this process's."""
+        return self.owner == os.getpid() and self.process.poll() is None
+
     def takes(self, request: bytes, files: Sequence[int]) -> bool:
         """Hands it a call with open files; False where it ended, or is the server of the process that forked this."""
         if self.owner != os.getpid():
@@ -153,10 +158,11 @@ def _answered(answer: socket.socket, deadline: float, timeout: float) -> int | N
 
 
 def _number(answer: socket.socket, deadline: float, timeout: float) -> int | None:
-    ready, _, _ = select.select([answer], [], [], max(0.0, deadline - time.monotonic()))
-    if not ready:
-        raise subprocess.TimeoutExpired("child", timeout)
-    data = answer.recv(NUMBER.size)
+    answer.settimeout(max(1e-3, deadline - time.monotonic()))  # 0 would mean not to wait at all.
+    try:
+        data = answer.recv(NUMBER.size)
+    except TimeoutError as error:
+        raise subprocess.TimeoutExpired("child", timeout) from error
     return NUMBER.unpack(data)[0] if len(data) == NUMBER.size else None
 
 
@@ -170,8 +176,12 @@ def serve(number: int) -> None:
         for module in EXTRAS:
             import_extra(module, "executorch")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # Nobody waits for those that are forked here.
-    while select.select([channel], [], [], IDLE_S)[0]:
-        request, files, _, _ = socket.recv_fds(channel, MESSAGE_BYTES, 3)
+    channel.settimeout(IDLE_S)
+    while True:
+        try:
+            request, files, _, _ = socket.recv_fds(channel, MESSAGE_BYTES, 3)
+        except TimeoutError:
+            return
         if not request:
             return
         if os.fork() == 0:
