@@ -205,14 +205,14 @@ def learned_fake_quantize(
 
 
 def _steps_of(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Returns the integers, less the zero point, before they are clamped."""
+    """Returns the integers, less the zero point, before they are clamped, in a tensor of its own."""
     return torch.mul(x.float(), 1 / scale).round_()
 
 
-def _kept(steps: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int) -> torch.Tensor:
-    """Returns them clamped, in a tensor of its own."""
+def _bounds(zero_point: torch.Tensor, quant_min: int, quant_max: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what they are clamped to."""
     zero = zero_point.round().clamp(quant_min, quant_max)
-    return steps.clamp(quant_min - zero, quant_max - zero)
+    return quant_min - zero, quant_max - zero
 
 
 class _Learned(torch.autograd.Function):
@@ -225,7 +225,7 @@ class _Learned(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         del factor
         steps = _steps_of(x, scale)
-        kept = _kept(steps, zero_point, quant_min, quant_max)
+        kept = steps.clamp(*_bounds(zero_point, quant_min, quant_max))
         inside = steps.eq(kept)
         return kept.mul_(scale).to(x.dtype), inside
 
@@ -241,12 +241,12 @@ class _Learned(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         x, scale, zero_point, inside = ctx.saved_tensors
         of_x = gradients[0] * inside
-        of_scale = of_zero_point = None
-        if ctx.needs_input_grad[1]:
-            rounded = _kept(_steps_of(x, scale), zero_point, *ctx.limits) * scale
-            terms = (rounded - x * inside) * gradients[0]  # (round(v) - v) or the bound, times scale.
+        of_scale = of_zero_point = terms = None
+        if ctx.needs_input_grad[1]:  # In place: memory that is new takes longer than the arithmetic.
+            terms = _steps_of(x, scale).clamp_(*_bounds(zero_point, *ctx.limits)).mul_(scale)
+            terms.addcmul_(x.float(), inside, value=-1).mul_(gradients[0])  # (round(v) - v) or the bound, times scale.
             of_scale = terms.sum_to_size(scale.shape) / scale * ctx.factor
         if ctx.needs_input_grad[2]:
-            clamped = (gradients[0] - of_x).float().sum_to_size(scale.shape)
+            clamped = torch.sub(gradients[0], of_x, out=terms).float().sum_to_size(scale.shape)
             of_zero_point = clamped * scale * -ctx.factor
         return of_x, of_scale, of_zero_point, None, None, None
