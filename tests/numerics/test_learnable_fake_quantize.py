@@ -24,6 +24,7 @@ from zeropoint.numerics.observers import (
     PerChannelMinMaxObserver,
     PerGroupMinMaxObserver,
 )
+from zeropoint.numerics.straight_through import learned_fake_quantize
 from zeropoint.workflow import convert_pt2e, prepare_qat_pt2e
 
 with warnings.catch_warnings():
@@ -331,3 +332,18 @@ def test_until_it_learns_it_is_a_fake_quantizer():
         first.sum().backward()
         found.append((first.detach(), x.grad, fake(x * 3).detach()))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_gradients_of_gradients(axis):
+    x = torch.tensor([[0.33, 5.0, -0.2], [0.1, -3.0, 0.7]], requires_grad=True)
+    count = 1 if axis is None else 2
+    scale, zero_point = torch.full((count,), 0.1, requires_grad=True), torch.full((count,), 2.0, requires_grad=True)
+    y = learned_fake_quantize(x, scale, zero_point, -8, 7, axis)
+    gradients = torch.autograd.grad(y.square().sum(), (x, scale, zero_point), create_graph=True)
+    again = learned_fake_quantize(x, scale, zero_point, -8, 7, axis)
+    plain = torch.autograd.grad(again.square().sum(), (x, scale, zero_point))
+    for found, expected in zip(gradients, plain, strict=True):
+        torch.testing.assert_close(found, expected)
+    (second,) = torch.autograd.grad(gradients[0].sum(), x)
+    assert second.tolist() == [[2.0, 0.0, 2.0], [2.0, 0.0, 0.0]]

@@ -216,6 +216,43 @@ def test_a_server_is_started_once(environment):
     server.close()
 
 
+def test_a_child_ends_with_its_caller(environment, tmp_path):
+    code = """
+import os, sys
+from zeropoint.runtime.fork_server import ForkServer
+ForkServer().run("forked_children", ["sleep", sys.argv[1]], 600, dict(os.environ))
+"""
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "pid")], env=environment) as caller:
+        pid = pid_in(tmp_path / "pid")
+        caller.kill()
+    assert ends(pid)
+
+
+def test_a_child_that_nobody_watches_is_ended_and_not_run_again(server, environment, tmp_path):
+    path = tmp_path / "pid"
+
+    def kill_the_watcher() -> None:
+        os.kill(os.getpgid(pid_in(path)), signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_the_watcher)
+    thread.start()
+    assert called(server, environment, "sleep", str(path)).returncode == -signal.SIGKILL
+    thread.join()
+    assert ends(pid_in(path))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_process_that_is_forked_while_a_thread_asks_can_ask(environment):
+    server = ForkServer()
+    with server._lock:
+        caller = os.fork()
+        if caller == 0:
+            code = called(server, environment, "return").returncode
+            server.close()
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(caller, 0)[1]) == 0
+
+
 def test_a_child_that_is_no_module():
     with pytest.raises(RuntimeFailure, match=r"No module named 'zeropoint\.nothing'"):
         run_main("zeropoint.nothing", [], 60)

@@ -247,6 +247,7 @@ class _Learned(torch.autograd.Function):
             terms.addcmul_(x.float(), of_x, value=-1)  # The gradient times (round(v) - v), or the bound, times scale.
             of_scale = terms.sum_to_size(scale.shape) / scale * ctx.factor
         if ctx.needs_input_grad[2]:
-            clamped = torch.sub(gradients[0], of_x, out=terms).float().sum_to_size(scale.shape)
+            into = None if torch.is_grad_enabled() else terms  # It is, where gradients of gradients are asked for.
+            clamped = torch.sub(gradients[0], of_x, out=into).float().sum_to_size(scale.shape)
             of_zero_point = clamped * scale * -ctx.factor
         return of_x, of_scale, of_zero_point, None, None, None

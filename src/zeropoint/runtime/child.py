@@ -19,14 +19,7 @@ from torch.utils import _pytree as pytree
 from zeropoint.core.errors import RuntimeFailure
 from zeropoint.runtime.fork_server import ForkServer
 
-CHILD = """import sys
-from zeropoint.core.errors import ZeropointError
-from {module} import main
-try:
-    main(*sys.argv[1:])
-except ZeropointError as error:
-    sys.exit(str(error))
-"""
+CHILD = "import sys; from zeropoint.runtime.fork_server import work; work(sys.argv[1], sys.argv[2:])"
 NOISE = "[cpuinfo_utils"
 """How lines begin that the runtime prints whenever it starts."""
 SERVER = ForkServer()
@@ -83,7 +76,7 @@ def _run(module: str, arguments: Sequence[str], timeout: float) -> subprocess.Co
     """Runs a module's ``main`` in a process forked from one that imported everything; else in a new one."""
     if FORKS:
         return SERVER.run(module, arguments, timeout, _environment())
-    command = [sys.executable, "-c", CHILD.format(module=module), *arguments]
+    command = [sys.executable, "-c", CHILD, module, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=_environment())
 
 

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import os
+import select
 import signal
 import socket
 import struct
@@ -39,9 +40,13 @@ class ForkServer:
     """The caller's end. Threads may share it; a forked process starts a server of its own."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._started: _Started | None = None
+        self._renew_lock()
+        os.register_at_fork(after_in_child=self._renew_lock)  # Another thread may hold it while this process is forked.
         atexit.register(self.close)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
 
     def run(
         self, module: str, arguments: Sequence[str], timeout: float, environment: dict[str, str]
@@ -52,7 +57,7 @@ class ForkServer:
             module: its full name.
             arguments: of ``main``.
             timeout: seconds after which the child is ended.
-            environment: of the server, when one is started.
+            environment: of the server, when one is started; its children have that one, and its processors.
 
         Raises:
             subprocess.TimeoutExpired: the child took longer.
@@ -95,7 +100,8 @@ class ForkServer:
         return ours
 
     def _last_words(self) -> str:
-        return "" if self._started is None else _content(self._started.words)
+        with self._lock:
+            return "" if self._started is None else _content(self._started.words)
 
 
 class _Started:
@@ -145,16 +151,23 @@ def _content(file: IO[str]) -> str:
 
 
 def _answered(answer: socket.socket, deadline: float, timeout: float) -> int | None:
-    """Returns a child's exit status, negative: the signal that ended it; None where the server ended before."""
-    group = None
+    """Returns a child's exit status, negative: the signal that ended it; None where the server ended before it."""
+    group = _number(answer, deadline, timeout)
+    if group is None:
+        return None
     try:
-        group = _number(answer, deadline, timeout)
-        return None if group is None else _number(answer, deadline, timeout)
+        code = _number(answer, deadline, timeout)
     except BaseException:
-        if group is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL)
+        _kill(group)
         raise
+    if code is None:  # Who watches it was killed.
+        _kill(group)
+    return -signal.SIGKILL if code is None else code
+
+
+def _kill(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def _number(answer: socket.socket, deadline: float, timeout: float) -> int | None:
@@ -192,22 +205,30 @@ def serve(number: int) -> None:
 
 
 def _watch(module: str, arguments: list[str], answer: int, out: int, err: int) -> NoReturn:
-    """Tells the group that it and the child are, forks that, and tells how it ended."""
+    """Tells the group that it and the child are, forks that, and tells how it ended; ends it where the caller does."""
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.write(answer, NUMBER.pack(os.getpid()))
+    ended, lives = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(answer)
         os.dup2(out, 1)
         os.dup2(err, 2)
-        _work(module, arguments)
+        work(module, arguments)
+    os.close(lives)  # Of the child alone, from now on.
+    poller = select.poll()
+    poller.register(ended, 0)
+    poller.register(answer, 0)  # What is asked for is only whether the other ends are there.
+    if ended not in dict(poller.poll()):
+        os.killpg(0, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     os.write(answer, NUMBER.pack(os.waitstatus_to_exitcode(status)))
     os._exit(0)
 
 
-def _work(module: str, arguments: list[str]) -> NoReturn:
+def work(module: str, arguments: Sequence[str]) -> NoReturn:
+    """The child: runs a module's ``main`` and ends the process; an error of ours is written without a traceback."""
     code = 1
     try:
         importlib.import_module(module).main(*arguments)
