@@ -55,14 +55,21 @@ def expect_children() -> None:
         SERVER.start(_environment())
 
 
-def run_main(module: str, arguments: Sequence[str], timeout: float) -> str:
+def run_main(module: str, arguments: Sequence[str], timeout: float, *, forked: bool = True) -> str:
     """Runs the function ``main`` of one of our modules in a child process, and returns what it printed.
+
+    Args:
+        module: its full name.
+        arguments: of ``main``.
+        timeout: seconds after which the child is ended.
+        forked: from a process that imported everything, where processes are forked. One that is new takes seconds to
+            import, and is what time and memory are measured in: a fork copies memory while it is used.
 
     Raises:
         RuntimeFailure: the child died, ran out of time, or raised; gives its last words.
     """
     try:
-        done = _run(module, arguments, timeout)
+        done = _run(module, arguments, timeout, forked=forked and FORKS)
     except subprocess.TimeoutExpired as error:
         raise RuntimeFailure(f"the runtime did not answer in {timeout:g} s", where="child process") from error
     if done.returncode == 0:
@@ -72,9 +79,8 @@ def run_main(module: str, arguments: Sequence[str], timeout: float) -> str:
     raise RuntimeFailure(f"the runtime {cause}: " + " | ".join(words), where="child process")
 
 
-def _run(module: str, arguments: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
-    """Runs a module's ``main`` in a process forked from one that imported everything; else in a new one."""
-    if FORKS:
+def _run(module: str, arguments: Sequence[str], timeout: float, *, forked: bool) -> subprocess.CompletedProcess[str]:
+    if forked:
         return SERVER.run(module, arguments, timeout, _environment())
     command = [sys.executable, "-c", CHILD, module, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=_environment())

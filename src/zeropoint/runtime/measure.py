@@ -78,7 +78,7 @@ def measure(
 
 def _child(folder: str, plan: dict[str, Any], timeout: float) -> dict[str, Any]:
     try:
-        found = run_main(__name__, [folder, json.dumps(plan)], timeout)
+        found = run_main(__name__, [folder, json.dumps(plan)], timeout, forked=False)
     except RuntimeFailure as error:
         raise RuntimeFailure(error.what, where="bench", remedy="Ask for fewer runs, if it was slow.") from error
     return json.loads(found.splitlines()[-1])
