@@ -4,7 +4,6 @@ import itertools
 import time
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +17,7 @@ from zeropoint.numerics.observers import (
     PerChannelMinMaxObserver,
     PerChannelMSEObserver,
 )
-from zeropoint.numerics.observers.greedy_search import cell_errors, quantile_path
+from zeropoint.numerics.observers.greedy_search import Densities, cell_errors, quantile_path
 from zeropoint.numerics.observers.histogram import count, moved
 from zeropoint.numerics.observers.range_search import quantizing_error, square_error
 
@@ -131,7 +130,7 @@ def test_the_path_of_the_search_by_hand():
 
 def test_a_cell_error_by_hand():
     # Two bins of width 1 with one value each, two cells on them: twice the integral of x**2 from -1/2 to 1/2.
-    assert cell_errors(np.ones(2, np.float32), 1.0, [(0, 1)], 2).tolist() == [pytest.approx(2 / 12)]
+    assert cell_errors(Densities.of(torch.ones(1, 2), [1.0]), [(0, 1)], 2).tolist() == [pytest.approx(2 / 12)]
 
 
 # -- values whose errors overflow float32 ------------------------------------------------------------------------------

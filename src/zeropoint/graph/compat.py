@@ -54,6 +54,7 @@ __all__ = [
     "return_tuple",
     "saves_by_hooks",
     "size_in_example",
+    "structures",
 ]
 
 
@@ -79,10 +80,16 @@ def created_from(node: Node, pass_name: str) -> list[NodeSource]:
     return [made]
 
 
+def structures(graph: Graph) -> tuple[pytree.TreeSpec, pytree.TreeSpec | None] | None:
+    """Returns the structures of a graph's arguments and of its result; None where it takes and gives leaves."""
+    info = getattr(graph._codegen, "pytree_info", None)
+    return None if info is None else (info.in_spec, info.out_spec)
+
+
 def input_structure(graph: Graph) -> pytree.TreeSpec | None:
     """Returns the structure of a graph's arguments, ``(positional, by name)``; None where it takes leaves."""
-    info = getattr(graph._codegen, "pytree_info", None)
-    return None if info is None else info.in_spec
+    found = structures(graph)
+    return None if found is None else found[0]
 
 
 def return_tuple(graph: Graph, count: int) -> None:

@@ -82,6 +82,8 @@ def path_behind(constant: Node) -> str:
 @torch.no_grad()
 def evaluate(model: GraphModule, node: Node) -> Any:
     """Returns the value of a constant node, computing what it depends on."""
+    if node.op == "get_attr":
+        return _value(model, node, {})
     values: dict[Node, Any] = {}
     waiting = [node]
     while waiting:

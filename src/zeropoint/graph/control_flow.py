@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from zeropoint.graph.compat import HigherOrderOperator
+from zeropoint.graph.compat import HigherOrderOperator, OpOverload
 
 Body = Callable[..., Any]
 Values = Sequence[Any]
@@ -63,4 +63,7 @@ AS_OPERATORS = {function: operator for operator, function in IN_PYTHON.items()}
 
 def is_control_flow(node: Node) -> bool:
     """True for an operator that runs graphs of its own, or the same in Python."""
-    return node.op == "call_function" and (isinstance(node.target, HigherOrderOperator) or node.target in AS_OPERATORS)
+    target = node.target
+    if node.op != "call_function" or isinstance(target, OpOverload):  # Most are: looking one up takes 1 us.
+        return False
+    return isinstance(target, HigherOrderOperator) or target in AS_OPERATORS

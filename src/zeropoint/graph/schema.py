@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,14 +29,28 @@ class Schema:
     is_pure: bool
 
 
+MOST = 2048
+"""Operators whose schemas are kept."""
+_known: dict[int, tuple[OpOverload, Schema]] = {}
+"""By id, which takes a tenth as long as hashing an operator; beside the operator itself, so that the id stays its."""
+
+
 def _fixed(default: Any) -> Any:
     """Returns a default that no reader can change for all others."""
     return tuple(default) if isinstance(default, list) else default
 
 
-@functools.lru_cache(2048)
 def schema_of(operator: OpOverload) -> Schema:
     """Returns the schema of an operator."""
+    known = _known.get(id(operator))
+    if known is None:
+        if len(_known) == MOST:
+            _known.clear()
+        known = _known[id(operator)] = operator, _read(operator)
+    return known[1]
+
+
+def _read(operator: OpOverload) -> Schema:
     schema = operator._schema
     return Schema(
         names=tuple(each.name for each in schema.arguments if not each.kwarg_only),

@@ -22,10 +22,14 @@ def module_stack(node: Node) -> tuple[tuple[str, str], ...]:
 
     Paths are those of ``named_modules()``. A parameter's node carries no stack of its own: its reader's is used.
     """
+    return tuple((_normal_path(path), _type_name(kind)) for path, kind in _stack(node).values())
+
+
+def _stack(node: Node) -> dict[str, tuple[str, object]]:
     stack = node.meta.get("nn_module_stack")
     if not stack and node.op == "get_attr" and node.users:
         stack = next(iter(node.users)).meta.get("nn_module_stack")
-    return tuple((_normal_path(path), _type_name(kind)) for path, kind in stack.values()) if stack else ()
+    return stack or {}
 
 
 @functools.lru_cache(4096)
@@ -42,8 +46,8 @@ def _type_name(kind: object) -> str:
 
 def module_path(node: Node) -> str:
     """Returns the path of the innermost module that the node belongs to; empty for the model itself."""
-    stack = module_stack(node)
-    return stack[-1][0] if stack else ""
+    stack = _stack(node)
+    return _normal_path(stack[next(reversed(stack))][0]) if stack else ""
 
 
 def source_line(node: Node) -> str:

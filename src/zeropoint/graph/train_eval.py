@@ -15,6 +15,7 @@ from zeropoint.graph.bind import argument, argument_names, set_argument
 from zeropoint.graph.counters import Counters
 from zeropoint.graph.devices import check_types_stay, destination, device_of, move_attributes, write_device
 from zeropoint.graph.graph_pass import bodies
+from zeropoint.graph.late_code import LateCode
 from zeropoint.graph.no_ops import DROPOUTS
 from zeropoint.graph.source import module_stack
 
@@ -132,7 +133,7 @@ def allow_exported_model_train_eval(model: GraphModule) -> GraphModule:
     return model
 
 
-class SwitchedModule(GraphModule):
+class SwitchedModule(LateCode):
     """A graph module whose ``train()``, ``eval()`` and ``to(device)`` change its graph, as they do an ``nn.Module``."""
 
     runs_otherwise_in_eval = False

@@ -16,7 +16,7 @@ from zeropoint.core.errors import MissingExtraError, SpecError
 from zeropoint.core.extras import import_extra, require_extra
 from zeropoint.numerics.granularity import Granularity, PerTensor, block_size
 from zeropoint.numerics.mapping import MappingType, middle
-from zeropoint.numerics.observers import AffineQuantizedObserverBase
+from zeropoint.numerics.observers import AffineQuantizedObserverBase, ObserverBase
 from zeropoint.numerics.qparams import FLOAT32_EPS
 
 TORCHAO = "torchao.quantization.quant_primitives"
@@ -37,9 +37,16 @@ class Layout:
     block_size: tuple[Any, ...] | None = None
 
 
+def observer_in(observer: Any) -> Any:
+    """Returns the observer of a fake quantizer; an observer itself."""
+    if isinstance(observer, ObserverBase):  # Being told that a module has no attribute takes 3 us.
+        return observer
+    return getattr(observer, "activation_post_process", observer)
+
+
 def affine_of(observer: Any) -> AffineQuantizedObserverBase | None:
     """Returns an affine observer of ours, or a fake quantizer's; None for any other."""
-    inner = getattr(observer, "activation_post_process", observer)
+    inner = observer_in(observer)
     return inner if isinstance(inner, AffineQuantizedObserverBase) else None
 
 

@@ -19,6 +19,7 @@ from zeropoint.graph.observers import observer_of
 from zeropoint.graph.source import describe
 from zeropoint.numerics.affine_fake_quantize import AffineFakeQuantize
 from zeropoint.numerics.observers import AffineQuantizedObserverBase
+from zeropoint.numerics.observers.histogram import histograms_in, search_together
 from zeropoint.numerics.scratch import LateWrites
 from zeropoint.passes.affine_blocks import affine_of, check_layout
 from zeropoint.passes.qparams_of import QParams, affine_saw_nothing, observe_constant, qparams_of
@@ -70,6 +71,7 @@ class _Converter:
         calls = self._calls()
         own = [(node, observer) for node, observer in calls if _converts_itself(observer)]
         others = [(node, observer) for node, observer in calls if not _converts_itself(observer)]
+        search_together(histograms_in(observer for _, observer in others))
         for node, observer in others:
             check_dtype(observer.dtype, describe(_observed(node)))
             self._allocate(node, observer)

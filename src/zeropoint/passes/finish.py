@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
+from zeropoint.graph.attributes import give_attributes
 from zeropoint.graph.graph_pass import bodies
 from zeropoint.graph.train_eval import SwitchedModule, tell_mode
+
+HOLDING = ("get_attr", "call_module")
+"""Kinds of nodes that read something of the module."""
 
 
 def finish(model: GraphModule, kind: type[GraphModule] = SwitchedModule) -> GraphModule:
@@ -18,18 +22,12 @@ def finish(model: GraphModule, kind: type[GraphModule] = SwitchedModule) -> Grap
     for path, body in list(bodies(model)):
         setattr(model, path, finish(body, GraphModule))
     model.graph.lint()
-    finished = kind(model, model.graph, type(model).__name__)
+    finished = kind(nn.Module(), Graph(), type(model).__name__)
+    give_attributes(finished, model, (str(node.target) for node in model.graph.nodes if node.op in HOLDING))
+    finished.graph = model.graph
+    finished._tracer_extras = model.graph._tracer_extras or {}
     finished._tracer_cls = finished.graph._tracer_cls = None  # That of export cannot be built again by unpickling.
     finished.meta = dict(model.meta)
     nn.Module.train(finished, model.training)
     tell_mode(finished)
-    _leave_unsaved(finished, model)
     return finished
-
-
-def _leave_unsaved(finished: GraphModule, model: GraphModule) -> None:
-    """Keeps out of the ``state_dict`` the buffers that the model kept out: torch copies each as one that is saved."""
-    of_model = dict(model.named_modules())
-    for path, module in finished.named_modules():
-        if path in of_model:
-            module._non_persistent_buffers_set |= of_model[path]._non_persistent_buffers_set & set(module._buffers)

@@ -130,7 +130,7 @@ class _Inserter:
         if not isinstance(observer, RepeatedObserver):
             self._tell(observer, source, read_by)
         with source.graph.inserting_after(source):
-            call = source.graph.call_module(name, (source,))
+            call = source.graph.create_node("call_module", name, (source,))
         if "val" in source.meta:
             call.meta["val"] = source.meta["val"]
         call.meta["from_node"] = created_from(source, "insert_observers")

@@ -18,7 +18,7 @@ from zeropoint.numerics import ops
 from zeropoint.numerics.blocks import quantize_in_blocks
 from zeropoint.numerics.observers import ObserverBase
 from zeropoint.numerics.qparams import FLOAT32_EPS
-from zeropoint.passes.affine_blocks import Layout, affine_of, layout_of, torchao_ops
+from zeropoint.passes.affine_blocks import Layout, affine_of, layout_of, observer_in, torchao_ops
 
 IN_BLOCKS = (torch.int8, torch.uint8, torch.int16)
 
@@ -108,13 +108,13 @@ def saw_nothing(observer: Any) -> bool:
     """True when the range of another package's observer is empty: it would give scale 1. Ours say so themselves."""
     if isinstance(observer, ObserverBase):
         return False
-    low = getattr(getattr(observer, "activation_post_process", observer), "min_val", None)
+    low = getattr(observer_in(observer), "min_val", None)
     return isinstance(low, torch.Tensor) and (low.numel() == 0 or not bool(torch.isfinite(low).all()))
 
 
 def affine_saw_nothing(observer: Any) -> bool:
     """True for an affine observer of another package, or a fake quantizer's, that has no tensor to take blocks from."""
-    inner = getattr(observer, "activation_post_process", observer)
+    inner = observer_in(observer)
     return hasattr(inner, "mapping_type") and getattr(inner, "block_size", None) is None
 
 
@@ -160,12 +160,12 @@ def _layout(observer: Any, tensor: Node, is_constant: bool) -> Layout:
 
 def group_size_of(observer: Any) -> int | None:
     """Returns how many neighbours of a row share a scale, by an observer or a fake quantizer's; None: not per group."""
-    return getattr(getattr(observer, "activation_post_process", observer), "group_size", None)
+    return getattr(observer_in(observer), "group_size", None)
 
 
 def eps_of(observer: Any) -> float:
     """Returns the smallest scale of an observer or a fake quantizer's; that of float32 where it names none."""
-    eps = getattr(getattr(observer, "activation_post_process", observer), "eps", None)
+    eps = getattr(observer_in(observer), "eps", None)
     if eps is None:
         return FLOAT32_EPS
     return eps.item() if isinstance(eps, torch.Tensor) else eps

@@ -107,15 +107,16 @@ def _round(
     steps = _steps(value, scale)
     kept = steps.clamp(limits.min, limits.max)
     rounded = (kept * scale).to(value.dtype)
-    overflowed = (steps != kept).flatten()
-    to_zero = ((kept == 0) & (value != 0)).flatten()
-    fits = (rounded - value).abs().flatten()[~overflowed]
-    error = float(fits.max()) if fits.numel() else 0.0
-    return rounded, BiasRounding(name, _indices(to_zero), _indices(overflowed), error)
+    to_zero = _indices((kept == 0) & (value != 0))
+    changes = (rounded - value).abs()
+    overflowed: tuple[int, ...] = ()
+    if not torch.equal(steps, kept):
+        overflowed, changes = _indices(steps != kept), changes[steps == kept]
+    return rounded, BiasRounding(name, to_zero, overflowed, changes.max().item() if changes.numel() else 0.0)
 
 
 def _indices(mask: torch.Tensor) -> tuple[int, ...]:
-    return tuple(mask.nonzero().flatten().tolist())
+    return tuple(mask.flatten().nonzero().flatten().tolist())
 
 
 def _own_bias(model: GraphModule, node: Node, bias: Node, value: torch.Tensor, names: Names) -> Node:

@@ -14,12 +14,11 @@ from torch.fx import GraphModule, Node
 
 from zeropoint.annotate.patterns import is_float32
 from zeropoint.graph.attributes import Names, get_attribute
-from zeropoint.graph.bind import argument, set_argument
+from zeropoint.graph.bind import argument, argument_names, set_argument
 from zeropoint.graph.constants import constant_nodes
 from zeropoint.graph.emit import Emitter, inherit
 from zeropoint.graph.graph_pass import graph_pass
 from zeropoint.graph.layers import LAYERS, as_linear, pads_with_zero
-from zeropoint.graph.schema import schema_of
 from zeropoint.graph.source import WRITTEN_KEY
 
 aten = torch.ops.aten
@@ -236,7 +235,7 @@ def _float_to_two_dimensions(place: _Place) -> None:
     executorch 1.4 makes a 2d convolution of it, and where quantized values come or go, a quantized one, although the
     weight is float (backends/xnnpack/_passes/conv1d_unsqueeze_pass.py): that fails.
     """
-    names = schema_of(place.node.target).names
+    names = argument_names(place.node)
     node, x = place.node, place.argument(names[0])
     sizes = _sizes(node.meta["val"].shape)
     if x.meta["val"].dim() != 3 or sizes.count(-1) > 1 or not _has_float_weight(place):

@@ -3,7 +3,8 @@
 ``NormMinimization::NonlinearQuantizationParamsSearch`` of caffe2/quantization/server/norm_minimization.cc, as
 ``torch.ao`` and torchao's HistogramObserver follow it: quantiles close in from both ends in steps of 1e-5, and the
 first step that makes the L2 error larger ends the search. The bins that a step reaches do not depend on errors, so
-they come from binary search in the cumulative histogram, and runs of steps that reach no new bin are skipped.
+they come from binary search in the cumulative histogram, and runs of steps that reach no new bin are skipped. Many
+histograms are searched side by side: a step of one is less work than the calls that it takes.
 """
 
 from __future__ import annotations
@@ -11,16 +12,28 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from zeropoint.numerics.scratch import scratch
+
+Side = Literal["left", "right"]
+
 STEP = 1e-5
 """Share of the values that one step of a quantile leaves out."""
 AT_ONCE = 4
-"""Steps whose errors are computed together: most searches take three to six, and a call costs as much as its sums."""
+"""Steps of a lone histogram whose errors are computed together: most searches take three to eight, and a call costs as
+much as its sums."""
+STEPS = 32
+"""Steps of several histograms together: the more there are, the fewer of each, down to one, so that none is in vain."""
+AHEAD = 16
+"""Steps whose bins are looked up together."""
+BINS = 3 * 2**17
+"""Bins that are searched side by side at most: their intermediate results take 10 MB, which are kept."""
 
 
 @functools.cache
@@ -39,11 +52,10 @@ def quantile_path(histogram: torch.Tensor) -> Iterator[tuple[int, int]]:
     total = histogram.sum().item()
     counts: NDArray[np.float32] = histogram.cumsum(0).numpy()
     lower, upper = _quantiles()
+    left, right = _Reached(counts, lower, total, "left"), _Reached(counts, upper, total, "right")
     start, end, i, j = 0, len(counts) - 1, 0, 0
     while start < end and j < len(upper) and (lower[i - 1] if i else 0.0) < (upper[j - 1] if j else 1.0):
-        left, right = np.float32(lower[i] * total), np.float32(upper[j] * total)
-        to_start = _within(counts.searchsorted(left, "left"), start, end)
-        to_end = _within(counts.searchsorted(right, "right") - 1, start, end)
+        to_start, to_end = _within(left.bin(i), start, end), _within(right.bin(j) - 1, start, end)
         if to_start - start > end - to_end:
             start, i = to_start, i + 1
         elif to_end < end:
@@ -64,62 +76,145 @@ def _first_below(count: np.float32, total: float, j: int) -> int:
     return j
 
 
-def _within(value: Any, low: int, high: int) -> int:
-    return min(max(int(value), low), high)
+def _within(value: int, low: int, high: int) -> int:
+    return min(max(value, low), high)
 
 
-def cell_errors(
-    histogram: NDArray[np.float32], bin_width: float, ranges: Sequence[tuple[int, int]], cells: int
-) -> NDArray[np.float32]:
-    """Returns the L2 error of rounding to the centres of ``cells`` equal cells over the bins of each range.
-
-    The values of a bin count as spread evenly over it; what lies outside of the cells goes to the outer two.
-    float32, in the field's order of operations, since the search compares errors that may differ in the last bit; the
-    sum is torch's, which adds in another order than numpy's.
+class _Reached:
+    """The bins that the steps of a quantile reach, looked up ``AHEAD`` steps at a time.
 
     Args:
-        histogram: counts, ``(bins,)``.
-        bin_width: width of a bin, in units of the values, above 0.
-        ranges: first and last bin of each, inclusive.
+        counts: cumulative histogram, ``total`` its end.
+        quantiles: after 1, 2, ... steps.
+        side: of equal counts, as ``searchsorted`` has it.
     """
-    one, three = np.float32(1), np.float32(3)
-    start, end = np.array(ranges).T[:, :, None]
-    exact_width = bin_width * (end - start + 1) / cells
-    width, middle, step = exact_width.astype(np.float32), (exact_width / 2).astype(np.float32), np.float32(bin_width)
-    begin = (np.arange(len(histogram)) - start).astype(np.float32) * step
-    finish = begin + step
-    first, last = _cells_of(begin, width, cells), _cells_of(finish, width, cells)
-    density = histogram / step
+
+    def __init__(self, counts: NDArray[np.float32], quantiles: NDArray[np.float64], total: float, side: Side) -> None:
+        self.counts, self.quantiles, self.total = counts, quantiles, total
+        self.side: Side = side
+        self.first, self.bins = -AHEAD, list[int]()
+
+    def bin(self, step: int) -> int:
+        """Returns the bin that a step, counted from 0, reaches."""
+        if not self.first <= step < self.first + AHEAD:
+            self.first = step - step % AHEAD
+            ahead = self.quantiles[self.first : self.first + AHEAD] * self.total
+            self.bins = self.counts.searchsorted(ahead.astype(np.float32), self.side).tolist()
+        return self.bins[step - self.first]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Densities:
+    """Histograms as the errors of ranges are computed from them.
+
+    Args:
+        density: counts over the width of a bin, float32, ``(rows, bins)``.
+        bin_width: float64, ``(rows, 1)``, above 0.
+    """
+
+    density: torch.Tensor
+    bin_width: torch.Tensor
+
+    @classmethod
+    def of(cls, histograms: torch.Tensor, bin_widths: Sequence[float]) -> Densities:
+        """Returns those of counts ``(rows, bins)`` in bins of one width in each row."""
+        widths = torch.tensor(bin_widths, dtype=torch.float64)[:, None]
+        return cls(histograms / widths.float(), widths)
+
+    def rows(self, indices: Sequence[int]) -> Densities:
+        """Returns the rows of these indices, which may be repeated."""
+        chosen = torch.tensor(indices)
+        return Densities(self.density[chosen], self.bin_width[chosen])
+
+
+def cell_errors(of: Densities, ranges: Sequence[tuple[int, int]], cells: int) -> torch.Tensor:
+    """Returns the L2 error of rounding to the centres of ``cells`` equal cells over the bins of each row's range.
+
+    The values of a bin count as spread evenly over it; what lies outside of the cells goes to the outer two.
+    float32, in the field's order of operations, since the search compares errors that may differ in the last bit.
+
+    Args:
+        ranges: first and last bin of each row, inclusive.
+
+    Returns:
+        float32, shape ``(rows,)``.
+    """
+    start, end = torch.tensor(ranges).T[:, :, None]
+    exact_width, step = of.bin_width * (end - start + 1) / cells, of.bin_width.float()
+    width, middle = exact_width.float(), (exact_width / 2).float()
     cube = middle * middle * middle
-    from_begin = begin - (first + np.float32(0.5)) * width
-    to_finish = finish - (last * width + middle)
-    norm = density * ((cube - from_begin * from_begin * from_begin) / three)
-    norm += (last - first - one) * (density * ((cube + cube) / three))
-    norm += density * ((to_finish * to_finish * to_finish + cube) / three)
-    return torch.from_numpy(norm).sum(1).numpy()
+    begin, finish, first, last, part, quotients = _space(*of.density.shape)
+    torch.sub(torch.arange(of.density.shape[1], dtype=torch.float32), start, out=begin).mul_(step)
+    torch.add(begin, step, out=finish)
+    _cells_of(begin, width, cells, quotients, first)
+    _cells_of(finish, width, cells, quotients, last)
+    from_begin = begin.sub_(torch.add(first, 0.5, out=part).mul_(width))
+    to_finish = finish.sub_(torch.mul(last, width, out=part).add_(middle))
+    torch.mul(from_begin, from_begin, out=part).mul_(from_begin)
+    error = torch.sub(cube, part, out=begin).div_(3).mul_(of.density)
+    torch.mul(of.density, (cube + cube) / 3, out=part).mul_(last.sub_(first).sub_(1))
+    error.add_(part)
+    torch.mul(to_finish, to_finish, out=part).mul_(to_finish).add_(cube).div_(3).mul_(of.density)
+    return error.add_(part).sum(1)
 
 
-def _cells_of(places: NDArray[np.float32], width: NDArray[np.float32], cells: int) -> NDArray[np.float32]:
-    """Returns the cell of each place. The quotient of two float32 in float64 is never rounded across an integer."""
-    quotients = places / width.astype(np.float64)
-    return np.clip(np.floor(quotients, out=quotients), 0, cells - 1).astype(np.float32)
+def _space(rows: int, bins: int) -> tuple[torch.Tensor, ...]:
+    """Returns five float32 tensors ``(rows, bins)`` and one of float64, in whose memory the fifth of them lies.
+
+    Fresh memory for them takes longer than what is computed in it.
+    """
+    whole = scratch(3 * rows * bins, torch.float64)
+    parts = whole.view(torch.float32).view(6, rows, bins).unbind()
+    return *parts[:5], whole[2 * rows * bins :].view(rows, bins)
 
 
-def greedy_bins(histogram: torch.Tensor, bin_width: float, cells: int) -> tuple[int, int] | None:
-    """Returns the first and the last bin of the range that the search ends with.
+def _cells_of(
+    places: torch.Tensor, width: torch.Tensor, cells: int, quotients: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Writes the cell of each place. The quotient of two float32 in float64 is never rounded across an integer."""
+    out.copy_(torch.div(places, width.double(), out=quotients).floor_().clamp_(0, cells - 1))
+
+
+class _Search:
+    """The search of one histogram, as far as it went."""
+
+    def __init__(self, histogram: torch.Tensor) -> None:
+        self.path = quantile_path(histogram)
+        self.chosen: tuple[int, int] | None = (0, len(histogram) - 1)
+        self.least = float("inf")
+        self.goes_on = True
+
+    def take(self, ends: tuple[int, int], error: float) -> None:
+        """Goes one step further on the path, unless the search has ended."""
+        if not self.goes_on:
+            return
+        if error > self.least:
+            self.goes_on = False
+        elif not 0 < error < float("inf"):
+            self.goes_on, self.chosen = False, None
+        else:
+            self.chosen, self.least = ends, error
+
+
+def greedy_bins(histograms: torch.Tensor, bin_widths: Sequence[float], cells: int) -> list[tuple[int, int] | None]:
+    """Returns the first and the last bin of the range that the search ends with, for each of some histograms.
 
     None where float32 cannot hold the errors that it compares, cubes of the values: NaN and infinity never end it, nor
     does 0, so that it would run to the end and keep next to nothing.
+
+    Args:
+        histograms: float32 counts, shape ``(rows, bins)``, on the CPU; together at most ``BINS``, for the memory.
+        bin_widths: the width of the bins of each, in units of the values. One of width 0 keeps its whole range.
     """
-    chosen, least = (0, len(histogram) - 1), float("inf")
-    path = quantile_path(histogram)
-    while bin_width > 0 and (ranges := list(itertools.islice(path, AT_ONCE))):
-        with np.errstate(all="ignore"):
-            errors = cell_errors(histogram.numpy(), bin_width, ranges, cells).tolist()
-        for ends, error in zip(ranges, errors, strict=True):
-            if error > least:
-                return chosen
-            if not 0 < error < float("inf"):
-                return None
-            chosen, least = ends, error
-    return chosen
+    searches, densities = [_Search(histogram) for histogram in histograms], Densities.of(histograms, bin_widths)
+    going = [row for row, width in enumerate(bin_widths) if width > 0]
+    while going:
+        at_once = AT_ONCE if len(going) == 1 else max(1, STEPS // len(going))
+        steps = [(row, ends) for row in going for ends in itertools.islice(searches[row].path, at_once)]
+        going = list(dict.fromkeys(row for row, _ in steps))
+        if steps:
+            errors = cell_errors(densities.rows([row for row, _ in steps]), [ends for _, ends in steps], cells)
+            for (row, ends), error in zip(steps, errors.tolist(), strict=True):
+                searches[row].take(ends, error)
+        going = [row for row in going if searches[row].goes_on]
+    return [search.chosen for search in searches]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
 from zeropoint.core.dtypes import integer_range
-from zeropoint.core.errors import SpecError
+from zeropoint.core.errors import CalibrationError, SpecError
 from zeropoint.core.specs import PER_TENSOR
 from zeropoint.numerics.observers.base import UniformQuantizationObserverBase, fingerprint, in_memory_order
-from zeropoint.numerics.observers.greedy_search import greedy_bins
+from zeropoint.numerics.observers.greedy_search import BINS, greedy_bins
 from zeropoint.numerics.observers.range_search import least_error_range
 from zeropoint.numerics.scratch import scratch
 
@@ -22,8 +24,9 @@ UPSAMPLE_RATE = 16
 PIECE = 2**19
 """Elements that are counted at once on a CPU: 2 MB of float32, which stay in the cache."""
 
-LARGE = 2**12
-"""Elements from which on that is faster than ``torch.histc``."""
+LARGE = 2**17
+"""Elements from which on that is faster than ``torch.histc``: its dozen calls take 0.1 ms between the operators of a
+model, which leave neither their code nor their data in the cache."""
 
 LANES = 4
 """Histograms that neighbouring elements are counted in by turns: a processor waits for a count before it adds to it
@@ -32,12 +35,15 @@ again, and half of the values after a relu are 0."""
 EXACT_COUNT = 2**24
 """Other devices count one by one in float32, which is exact up to here; larger tensors are counted in parts."""
 
-FLOAT32 = torch.finfo(torch.float32)
+LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+"""float32 numbers; the smallest that is normal."""
 
 SHRINK = 2.0**-32
 """What wide ranges are multiplied by before their values are counted: a power of 2, so that nothing is rounded."""
 
 Range = tuple[torch.Tensor, torch.Tensor]
+Bins = tuple[int, int] | None
+"""First and last bin of a range; None where the greedy search finds none."""
 
 
 class StreamingHistogram(UniformQuantizationObserverBase):
@@ -73,15 +79,18 @@ class StreamingHistogram(UniformQuantizationObserverBase):
         self.register_buffer("max_val", torch.tensor(-torch.inf, **factory))
 
     def observe(self, x: torch.Tensor) -> None:
-        x = in_memory_order(x).float()
-        least, greatest = (end.item() for end in torch.aminmax(x))
-        self.require_finite(least, greatest)
+        x = in_memory_order(x)
+        if x.dtype != torch.float32:
+            x = x.float()
+        ends = torch.aminmax(x)
+        least, greatest = ends[0].item(), ends[1].item()
         before = self.min_val.item(), self.max_val.item()
+        if before[0] <= least and greatest <= before[1]:
+            self.histogram.add_(count(x, self.bins, *before))
+            return
+        self.require_finite(least, greatest)
         after = min(least, before[0]), max(greatest, before[1])
         counts = count(x, self.bins, *after)
-        if before == after:
-            self.histogram.add_(counts)
-            return
         if before[0] <= before[1]:
             counts = counts + moved(self.histogram, before, after)
         self.histogram.copy_(counts)
@@ -95,11 +104,15 @@ class StreamingHistogram(UniformQuantizationObserverBase):
             CalibrationError: no tensor was observed.
         """
         self._require_range(self.min_val, self.max_val)
-        mark = tuple(fingerprint(buffer) for buffer in (self.histogram, self.min_val, self.max_val, self.eps))
+        mark = self._mark()
         if self._qparams is None or self._qparams[0] != mark:
             self._qparams = mark, self._calculate_qparams(*self.chosen_range())
         scale, zero_point = self._qparams[1]
         return scale.clone(), zero_point.clone()
+
+    def _mark(self) -> object:
+        """Returns a value that changes with the statistics."""
+        return tuple(fingerprint(buffer) for buffer in (self.histogram, self.min_val, self.max_val, self.eps))
 
     def chosen_range(self) -> Range:
         """Returns the smallest and the largest value to be quantized without clipping."""
@@ -139,20 +152,58 @@ class HistogramObserver(StreamingHistogram):
     """
 
     def chosen_range(self) -> Range:
-        low, high = integer_range(self.dtype)
-        if max(-self.min_val.item(), self.max_val.item()) < self.eps.item() / 2:
+        low, high = self.min_val.item(), self.max_val.item()
+        if max(-low, high) < self.eps.item() / 2:
             return self.min_val, self.max_val  # Every range within it gets the scale eps, and no steps of zero point.
-        fills_dtype = (self.quant_min, self.quant_max) == (low, high)
-        greedy = self._greedy_range(high - low + 1) if fills_dtype else None
-        return self.least_error_range() if greedy is None else greedy
+        if not self.searches_greedily(low, high):
+            return self.least_error_range()
+        width = (high - low) / self.bins
+        return self._range_of(*greedy_bins(self.histogram.float().cpu()[None], [width], self.levels()))
 
-    def _greedy_range(self, levels: int) -> Range | None:
-        width = (self.max_val.item() - self.min_val.item()) / self.bins
-        chosen = greedy_bins(self.histogram.float().cpu(), width, levels)
-        if chosen is None:
-            return None
+    def searches_greedily(self, low: float, high: float) -> bool:
+        """True where that range is searched: the integers fill their dtype, and it does not lie within half a step."""
+        fills_dtype = (self.quant_min, self.quant_max) == integer_range(self.dtype)
+        return fills_dtype and max(-low, high) >= self.eps.item() / 2
+
+    def levels(self) -> int:
+        """Returns how many integers there are."""
+        return self.quant_max - self.quant_min + 1
+
+    def take(self, found: Bins) -> None:
+        """Keeps the scale and zero point of what a search found, unless they are an error, until statistics change."""
+        with contextlib.suppress(CalibrationError):  # Who asks for them is told.
+            self._qparams = self._mark(), self._calculate_qparams(*self._range_of(found))
+
+    def _range_of(self, found: Bins) -> Range:
+        if found is None:
+            return self.least_error_range()
         bin_width = (self.max_val - self.min_val) / self.bins
-        return self.min_val + bin_width * chosen[0], self.min_val + bin_width * (chosen[1] + 1)
+        return self.min_val + bin_width * found[0], self.min_val + bin_width * (found[1] + 1)
+
+
+def histograms_in(observers: Iterable[Any]) -> list[HistogramObserver]:
+    """Returns those whose range is searched as here, each once; a class of the user's may choose it otherwise."""
+    return list({id(each): each for each in observers if type(each) is HistogramObserver}.values())
+
+
+def search_together(observers: Iterable[HistogramObserver]) -> None:
+    """Searches the ranges of observers side by side, in half the time; each keeps the scale and zero point.
+
+    Those without data, and those that search otherwise, are left out.
+    """
+    alike: dict[tuple[int, int], list[tuple[HistogramObserver, float]]] = {}
+    for observer in observers:
+        low, high = observer.min_val.item(), observer.max_val.item()
+        if low <= high and observer.searches_greedily(low, high):
+            width = (high - low) / observer.bins
+            alike.setdefault((observer.bins, observer.levels()), []).append((observer, width))
+    for (bins, levels), group in alike.items():
+        rows = max(1, BINS // bins)
+        for start in range(0, len(group), rows):
+            part, widths = zip(*group[start : start + rows], strict=True)
+            histograms = torch.stack([observer.histogram.float().cpu() for observer in part])
+            for observer, found in zip(part, greedy_bins(histograms, widths, levels), strict=True):
+                observer.take(found)
 
 
 def count(x: torch.Tensor, bins: int, low: float, high: float) -> torch.Tensor:
@@ -163,18 +214,21 @@ def count(x: torch.Tensor, bins: int, low: float, high: float) -> torch.Tensor:
     numbers. Where the product would overflow, and ``torch.histc`` puts nearly all values into an outer bin, the values
     are made smaller first.
     """
-    if low == high:
-        return torch.histc(x.flatten()[:1], bins, min=low, max=high) * x.numel()
-    if high - low > FLOAT32.max / bins:
+    span, size = high - low, x.numel()
+    if span > LARGEST / bins:
         return count(x * SHRINK, bins, low * SHRINK, high * SHRINK)
-    if x.device.type == "cpu" and x.numel() >= LARGE and high - low >= FLOAT32.tiny * bins:
+    if span == 0:
+        return torch.histc(x.flatten()[:1], bins, min=low, max=high) * size
+    if size < LARGE:
+        return torch.histc(x, bins, min=low, max=high)
+    if x.device.type == "cpu" and span >= SMALLEST * bins:
         return _count_in_pieces(x.flatten(), bins, low, high)
     parts = [torch.histc(part, bins, min=low, max=high) for part in x.flatten().split(EXACT_COUNT)]
     return functools.reduce(torch.add, parts)
 
 
 def _count_in_pieces(x: torch.Tensor, bins: int, low: float, high: float) -> torch.Tensor:
-    lanes = LANES if LANES * (bins + 1) <= torch.iinfo(torch.int16).max else 1
+    lanes = LANES if LANES * (bins + 1) <= 2**15 else 1
     counts: torch.Tensor | None = None
     for piece in x.split(PIECE) if x.numel() > PIECE else (x,):
         index = scratch(piece.numel(), torch.int16 if lanes > 1 else torch.int32)
@@ -184,9 +238,9 @@ def _count_in_pieces(x: torch.Tensor, bins: int, low: float, high: float) -> tor
         of_piece = torch.bincount(index, minlength=lanes * (bins + 1))
         counts = of_piece if counts is None else counts.add_(of_piece)
     assert counts is not None
-    total = counts.numpy().reshape(lanes, bins + 1).sum(0)
+    total = counts.view(lanes, bins + 1).sum(0)
     total[bins - 1] += total[bins]  # What ``high`` itself is counted in.
-    return torch.from_numpy(total[:bins].astype(np.float32))
+    return total[:bins].float()
 
 
 def _places(x: torch.Tensor, bins: int, low: float, high: float) -> torch.Tensor:
