@@ -10,6 +10,7 @@ from zeropoint.graph.attributes import (
     Names,
     attribute_reads,
     get_attribute,
+    give_attributes,
     set_parameter,
     tensors_of,
 )
@@ -59,3 +60,38 @@ def test_tensors_of_lists_each_path_of_a_tied_tensor():
 
 def test_attribute_reads():
     assert [node.target for node in attribute_reads(models.exported(models.linear).graph)] == ["weight", "bias"]
+
+
+class Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.BatchNorm1d(3)
+        self.inner = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        self.register_buffer("unsaved", torch.ones(2), persistent=False)
+        self.plain = torch.zeros(1)
+        self.number = 3
+
+
+def test_give_attributes_as_what_they_are():
+    origin, model = Holder(), nn.Module()
+    give_attributes(model, origin, ["layer.weight", "layer.running_mean", "unsaved", "plain", "number", "layer.weight"])
+    assert model.layer is not origin.layer
+    assert model.layer.weight is origin.layer.weight
+    assert list(model.state_dict()) == ["plain", "layer.weight", "layer.running_mean"]
+    assert dict(model.named_buffers())["unsaved"] is origin.unsaved
+    assert model.number == 3
+    assert not hasattr(model.layer, "bias")
+
+
+@pytest.mark.parametrize("paths", [("inner.0", "inner.0.weight"), ("inner.0.weight", "inner.0", "inner.0.bias")])
+def test_give_attributes_gives_a_module_whole_whatever_comes_first(paths):
+    origin, model = Holder(), nn.Module()
+    give_attributes(model, origin, paths)
+    assert model.get_submodule("inner.0") is origin.inner[0]
+    assert model.inner is not origin.inner
+    assert list(origin.inner[0].state_dict()) == ["weight", "bias"]
+
+
+def test_give_attributes_of_what_is_not_there():
+    with pytest.raises(AttributeError, match="nope"):
+        give_attributes(nn.Module(), Holder(), ["layer.nope"])

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zeropoint.core.errors import CalibrationError, NonFiniteError
 from zeropoint.numerics.observers import (
     HistogramObserver,
     MinMaxObserver,
@@ -18,7 +19,7 @@ from zeropoint.numerics.observers import (
     PerChannelMSEObserver,
 )
 from zeropoint.numerics.observers.greedy_search import Densities, cell_errors, quantile_path
-from zeropoint.numerics.observers.histogram import count, moved
+from zeropoint.numerics.observers.histogram import count, moved, search_together
 from zeropoint.numerics.observers.range_search import quantizing_error, square_error
 
 with warnings.catch_warnings():
@@ -126,6 +127,37 @@ def test_the_path_of_the_search_by_hand():
     path = list(quantile_path(histogram))
     assert path[0] in ((0, 2), (1, 3), (2, 3))
     assert all(b[0] >= a[0] and b[1] <= a[1] and a != b for a, b in itertools.pairwise(path))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"dtype": torch.int8, "eps": 2**-12}, {"bins": 37}, {"dtype": torch.int16}], ids=str
+)
+def test_observers_searched_together_as_torchao(arguments, monkeypatch):
+    monkeypatch.setattr("zeropoint.numerics.observers.histogram.BINS", 5 * arguments.get("bins", 2048))
+    pairs = [pair([draw(name), draw(name, 1) * growth], **arguments) for name in NAMES for growth in (0.7, 1.6)]
+    ours = [observer for observer, _ in pairs]
+    search_together(ours)
+    monkeypatch.setattr("zeropoint.numerics.observers.histogram.greedy_bins", None)  # All was found.
+    for mine, theirs in pairs:
+        assert_equal(mine, theirs)
+
+
+def test_observers_searched_together_are_those_that_can_be():
+    empty, few, wide, seen = (HistogramObserver(dtype=torch.int8, **more) for more in ({}, {"quant_max": 7}, {}, {}))
+    few(draw("laplace"))
+    wide(torch.tensor([-3e38, 3e38]))
+    seen(draw("normal"))
+    search_together([empty, few, wide, seen])
+    alone = HistogramObserver(dtype=torch.int8)
+    alone(draw("normal"))
+    assert alone.calculate_qparams() == seen.calculate_qparams()
+    before = seen.calculate_qparams()
+    seen(draw("normal") * 9)
+    assert seen.calculate_qparams()[0] > 3 * before[0]
+    with pytest.raises(CalibrationError, match="no data"):
+        empty.calculate_qparams()
+    with pytest.raises(NonFiniteError, match="too wide"):
+        wide.calculate_qparams()
 
 
 def test_a_cell_error_by_hand():
