@@ -101,8 +101,8 @@ class Names:
     def _has(self, name: str) -> bool:
         """As ``hasattr``, which takes a module ten times as long where the answer is no."""
         model = self._model
-        holders = (model._modules, model._parameters, model._buffers, model.__dict__, type(model).__dict__)
-        return any(name in held for held in holders)
+        held = name in model._modules or name in model._parameters or name in model._buffers
+        return held or name in vars(model) or name in vars(type(model))
 
 
 def get_new_attr_name_with_prefix(prefix: str) -> Callable[[nn.Module], str]:

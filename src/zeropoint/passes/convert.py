@@ -83,7 +83,8 @@ class _Converter:
             self._let_convert(own)
             others = self._calls()
         for node, observer in others:
-            self._convert(node, observer)
+            with self.model.graph.inserting_before(node):
+                self._convert(node, observer)
             self.model.graph.erase_node(node)
         for path in [name for name, module in self.model._modules.items() if hasattr(module, "calculate_qparams")]:
             delattr(self.model, path)
@@ -132,6 +133,7 @@ class _Converter:
                 pass
 
     def _convert(self, node: Node, observer: Any) -> None:
+        """Puts what the observer becomes where the graph inserts nodes: before its call."""
         source = _observed(node)
         match _kind(observer):
             case "half":
@@ -173,8 +175,7 @@ class _Converter:
         if key not in self.buffers:
             self.buffers[key] = self.names.new(prefix)
             self.model.register_buffer(self.buffers[key], value)
-        with node.graph.inserting_before(node):
-            read = node.graph.get_attr(self.buffers[key])
+        read = node.graph.create_node("get_attr", self.buffers[key])
         like = node.meta.get("val")
         read.meta["val"] = value if like is None else self.fakes.like(like, value.shape, value.dtype)
         inherit(read, node, PASS)
@@ -182,9 +183,7 @@ class _Converter:
 
     def _quantize(self, node: Node, source: Node, qparams: QParams) -> Node:
         target, _ = qparams.operators()
-        with node.graph.inserting_before(node):
-            arguments = self._arguments(node, qparams)
-            quantized = node.graph.call_function(target, (source, *arguments))
+        quantized = node.graph.call_function(target, (source, *self._arguments(node, qparams)))
         self._set_value(quantized, source, qparams.dtype)
         inherit_place(quantized, source, PASS)
         give_tag(quantized, source if source in self.constants or asks_for_output(source) else None)
@@ -197,8 +196,7 @@ class _Converter:
             return self.frozen[key]
         path = self.names.new("_frozen_param")
         self.model.register_buffer(path, self._integers(key, qparams))
-        with node.graph.inserting_before(node):
-            frozen = node.graph.get_attr(path)
+        frozen = node.graph.create_node("get_attr", path)
         frozen.meta = {**source.meta}
         self._set_value(frozen, source, qparams.dtype)
         frozen.meta["from_node"] = created_from(source, PASS)
@@ -223,9 +221,8 @@ class _Converter:
             annotated = is_valid_annotation(reader.meta.get(Q_ANNOTATION_KEY))
             dequantized = None if annotated else others
             if dequantized is None:
-                with node.graph.inserting_before(node):
-                    arguments = (*self._arguments(node, qparams), *last)
-                    dequantized = node.graph.call_function(target, (quantized, *arguments), named)
+                arguments = (quantized, *self._arguments(node, qparams), *last)
+                dequantized = node.graph.call_function(target, arguments, named)
                 self._set_value(dequantized, source, None)
                 dequantized.meta[SITE_KEY] = node.name
                 dequantized.meta["from_node"] = created_from(source, PASS)  # That is what it computes.

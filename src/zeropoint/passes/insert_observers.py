@@ -126,7 +126,7 @@ class _Inserter:
         name = self.names.new(PREFIX)
         if self.device is not None and any(tensor.device != self.device for tensor in _tensors(observer)):
             observer.to(self.device)
-        self.model.add_submodule(name, observer)
+        self.model.add_module(name, observer)
         if not isinstance(observer, RepeatedObserver):
             self._tell(observer, source, read_by)
         with source.graph.inserting_after(source):

@@ -124,7 +124,7 @@ def _own_bias(model: GraphModule, node: Node, bias: Node, value: torch.Tensor, n
     path = names.new(f"{str(bias.target).replace('.', '_')}_")
     model.register_parameter(path, nn.Parameter(value, requires_grad=False))
     with node.graph.inserting_before(bias):
-        own = node.graph.get_attr(path)
+        own = node.graph.create_node("get_attr", path)
     own.meta = dict(bias.meta)
     inherit(own, bias, "round_biases")
     return own
