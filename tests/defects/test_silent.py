@@ -106,6 +106,9 @@ def trained(*layers, x=X):
     """Returns layers in train mode, and what prepare_qat_pt2e makes of them."""
     module = nn.Sequential(*layers)
     torch.manual_seed(0)
+    for layer in layers:  # Those of parametrize are drawn when the file is imported, after whatever was before it.
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
     models.randomize_norms(module)
     module.train()
     return module, prepare_qat_pt2e(models.export(module, x), ByHand(qat_quantizers.qat))
