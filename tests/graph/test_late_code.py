@@ -4,7 +4,9 @@ import copy
 import gc
 import inspect
 import pickle
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import models
 import pytest
@@ -112,3 +114,16 @@ def test_a_model_prepared_for_training_has_its_code_late_too():
     assert not has_code(prepared)
     prepared(x).sum().backward()
     assert has_code(prepared)
+
+
+def test_first_calls_from_several_threads(wanted):
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(10):
+            model, x = converted()
+            with ThreadPoolExecutor(4) as pool:
+                results = list(pool.map(model, [x] * 4))
+            assert all(torch.equal(result, wanted) for result in (*results, model(x)))
+    finally:
+        sys.setswitchinterval(before)

@@ -19,7 +19,7 @@ from zeropoint.numerics.observers import (
     PerChannelMSEObserver,
 )
 from zeropoint.numerics.observers.greedy_search import Densities, cell_errors, quantile_path
-from zeropoint.numerics.observers.histogram import count, moved, search_together
+from zeropoint.numerics.observers.histogram import count, histograms_in, moved, search_together
 from zeropoint.numerics.observers.range_search import quantizing_error, square_error
 
 with warnings.catch_warnings():
@@ -158,6 +158,23 @@ def test_observers_searched_together_are_those_that_can_be():
         empty.calculate_qparams()
     with pytest.raises(NonFiniteError, match="too wide"):
         wide.calculate_qparams()
+
+
+def test_only_those_are_searched_together_whose_range_nobody_replaced():
+    class Mine(HistogramObserver):
+        pass
+
+    replaced, plain = HistogramObserver(dtype=torch.int8), HistogramObserver(dtype=torch.int8)
+    replaced.chosen_range = lambda: (torch.tensor(-1.0), torch.tensor(1.0))
+    assert histograms_in([replaced, plain, Mine(dtype=torch.int8), plain, None]) == [plain]
+
+
+def test_the_search_takes_no_notice_of_the_default_device():
+    observer = HistogramObserver(dtype=torch.int8)
+    observer(draw("normal"))
+    with torch.device("meta"):
+        found = observer.chosen_range()
+    assert found == observer.chosen_range()
 
 
 def test_a_cell_error_by_hand():

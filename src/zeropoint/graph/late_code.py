@@ -6,6 +6,7 @@ on to the next stage, is copied or is given another graph before it runs pays fo
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,9 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from zeropoint.graph.compat import structures
+
+_generating = threading.RLock()
+"""Held while code is generated: torch writes to the nodes meanwhile, and first calls may come from several threads."""
 
 
 class _Forward:
@@ -54,7 +58,9 @@ class LateCode(GraphModule):
     def with_code(self) -> LateCode:
         """Returns the module, its code generated."""
         if "forward" not in vars(type(self)):
-            self.recompile()
+            with _generating:
+                if "forward" not in vars(type(self)):
+                    self.recompile()
         return self
 
     @property

@@ -118,12 +118,12 @@ class Densities:
     @classmethod
     def of(cls, histograms: torch.Tensor, bin_widths: Sequence[float]) -> Densities:
         """Returns those of counts ``(rows, bins)`` in bins of one width in each row."""
-        widths = torch.tensor(bin_widths, dtype=torch.float64)[:, None]
+        widths = torch.tensor(bin_widths, dtype=torch.float64, device="cpu")[:, None]
         return cls(histograms / widths.float(), widths)
 
     def rows(self, indices: Sequence[int]) -> Densities:
         """Returns the rows of these indices, which may be repeated."""
-        chosen = torch.tensor(indices)
+        chosen = torch.tensor(indices, device="cpu")
         return Densities(self.density[chosen], self.bin_width[chosen])
 
 
@@ -139,12 +139,12 @@ def cell_errors(of: Densities, ranges: Sequence[tuple[int, int]], cells: int) ->
     Returns:
         float32, shape ``(rows,)``.
     """
-    start, end = torch.tensor(ranges).T[:, :, None]
+    start, end = torch.tensor(ranges, device="cpu").T[:, :, None]
     exact_width, step = of.bin_width * (end - start + 1) / cells, of.bin_width.float()
     width, middle = exact_width.float(), (exact_width / 2).float()
     cube = middle * middle * middle
     begin, finish, first, last, part, quotients = _space(*of.density.shape)
-    torch.sub(torch.arange(of.density.shape[1], dtype=torch.float32), start, out=begin).mul_(step)
+    torch.sub(torch.arange(of.density.shape[1], dtype=torch.float32, device="cpu"), start, out=begin).mul_(step)
     torch.add(begin, step, out=finish)
     _cells_of(begin, width, cells, quotients, first)
     _cells_of(finish, width, cells, quotients, last)

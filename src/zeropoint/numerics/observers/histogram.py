@@ -183,7 +183,11 @@ class HistogramObserver(StreamingHistogram):
 
 def histograms_in(observers: Iterable[Any]) -> list[HistogramObserver]:
     """Returns those whose range is searched as here, each once; a class of the user's may choose it otherwise."""
-    return list({id(each): each for each in observers if type(each) is HistogramObserver}.values())
+    return list({id(each): each for each in observers if _searches_as_here(each)}.values())
+
+
+def _searches_as_here(observer: Any) -> bool:
+    return type(observer) is HistogramObserver and "chosen_range" not in vars(observer)
 
 
 def search_together(observers: Iterable[HistogramObserver]) -> None:

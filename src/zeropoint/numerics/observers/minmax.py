@@ -34,7 +34,7 @@ class _RangeObserver(UniformQuantizationObserverBase):
         if low.dim() == 0:
             smallest, largest = low.item(), high.item()
             self.require_finite(smallest, largest)
-            self._assign(last=(smallest, largest))
+            self.__dict__["last"] = smallest, largest
         else:
             self.require_finite(low.amin().item(), high.amax().item())
         low, high = low.to(self.min_val), high.to(self.max_val)
@@ -160,7 +160,7 @@ class MovingAverageMinMaxObserver(_MovingAverage, MinMaxObserver):
             moved = new
         self.min_val.fill_(moved[0])
         self.max_val.fill_(moved[1])
-        self._assign(last=new)
+        self.__dict__["last"] = new
         return None
 
 
