@@ -133,7 +133,7 @@ def test_the_path_of_the_search_by_hand():
     "arguments", [{"dtype": torch.int8, "eps": 2**-12}, {"bins": 37}, {"dtype": torch.int16}], ids=str
 )
 def test_observers_searched_together_as_torchao(arguments, monkeypatch):
-    monkeypatch.setattr("zeropoint.numerics.observers.histogram.BINS", 5 * arguments.get("bins", 2048))
+    monkeypatch.setattr("zeropoint.numerics.observers.histogram.MOST_BINS", 5 * arguments.get("bins", 2048))
     pairs = [pair([draw(name), draw(name, 1) * growth], **arguments) for name in NAMES for growth in (0.7, 1.6)]
     ours = [observer for observer, _ in pairs]
     search_together(ours)

@@ -36,7 +36,7 @@ class LateCode(GraphModule):
     A change of the graph in between is part of the code.
     """
 
-    forward = _Forward()  # type: ignore[assignment]
+    forward: Any = _Forward()
 
     @property
     def graph(self) -> Graph:
@@ -66,13 +66,17 @@ class LateCode(GraphModule):
     @property
     def code(self) -> str:
         """The Python code of the graph."""
-        return GraphModule.code.fget(self.with_code())  # type: ignore[attr-defined, no-any-return]
+        self.with_code()
+        return super().code
 
     def __str__(self) -> str:
-        return GraphModule.__str__(self.with_code())
+        self.with_code()
+        return super().__str__()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return GraphModule.__reduce__(self.with_code())
+        self.with_code()
+        return super().__reduce__()
 
     def __reduce_package__(self, exporter: Any) -> tuple[Any, ...]:
-        return GraphModule.__reduce_package__(self.with_code(), exporter)
+        self.with_code()
+        return super().__reduce_package__(exporter)

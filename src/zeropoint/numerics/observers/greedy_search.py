@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from zeropoint.numerics.scratch import scratch
 
 Side = Literal["left", "right"]
+Bins = tuple[int, int]
+"""First and last bin of a range, inclusive."""
 
 STEP = 1e-5
 """Share of the values that one step of a quantile leaves out."""
@@ -32,7 +34,7 @@ STEPS = 32
 """Steps of several histograms together: the more there are, the fewer of each, down to one, so that none is in vain."""
 AHEAD = 16
 """Steps whose bins are looked up together."""
-BINS = 3 * 2**17
+MOST_BINS = 3 * 2**17
 """Bins that are searched side by side at most: their intermediate results take 10 MB, which are kept."""
 
 
@@ -43,7 +45,7 @@ def _quantiles() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return np.add.accumulate(steps), np.subtract.accumulate(np.concatenate([[1.0], steps]))[1:]
 
 
-def quantile_path(histogram: torch.Tensor) -> Iterator[tuple[int, int]]:
+def quantile_path(histogram: torch.Tensor) -> Iterator[Bins]:
     """Yields the ever smaller ranges of bins, first and last inclusive, that the search tries.
 
     Args:
@@ -127,7 +129,7 @@ class Densities:
         return Densities(self.density[chosen], self.bin_width[chosen])
 
 
-def cell_errors(of: Densities, ranges: Sequence[tuple[int, int]], cells: int) -> torch.Tensor:
+def cell_errors(of: Densities, ranges: Sequence[Bins], cells: int) -> torch.Tensor:
     """Returns the L2 error of rounding to the centres of ``cells`` equal cells over the bins of each row's range.
 
     The values of a bin count as spread evenly over it; what lies outside of the cells goes to the outer two.
@@ -180,11 +182,11 @@ class _Search:
 
     def __init__(self, histogram: torch.Tensor) -> None:
         self.path = quantile_path(histogram)
-        self.chosen: tuple[int, int] | None = (0, len(histogram) - 1)
+        self.chosen: Bins | None = (0, len(histogram) - 1)
         self.least = float("inf")
         self.goes_on = True
 
-    def take(self, ends: tuple[int, int], error: float) -> None:
+    def take(self, ends: Bins, error: float) -> None:
         """Goes one step further on the path, unless the search has ended."""
         if not self.goes_on:
             return
@@ -196,14 +198,14 @@ class _Search:
             self.chosen, self.least = ends, error
 
 
-def greedy_bins(histograms: torch.Tensor, bin_widths: Sequence[float], cells: int) -> list[tuple[int, int] | None]:
+def greedy_bins(histograms: torch.Tensor, bin_widths: Sequence[float], cells: int) -> list[Bins | None]:
     """Returns the first and the last bin of the range that the search ends with, for each of some histograms.
 
     None where float32 cannot hold the errors that it compares, cubes of the values: NaN and infinity never end it, nor
     does 0, so that it would run to the end and keep next to nothing.
 
     Args:
-        histograms: float32 counts, shape ``(rows, bins)``, on the CPU; together at most ``BINS``, for the memory.
+        histograms: float32 counts, shape ``(rows, bins)``, on the CPU; together at most ``MOST_BINS``, for the memory.
         bin_widths: the width of the bins of each, in units of the values. One of width 0 keeps its whole range.
     """
     searches, densities = [_Search(histogram) for histogram in histograms], Densities.of(histograms, bin_widths)

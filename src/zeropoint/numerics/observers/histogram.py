@@ -14,7 +14,7 @@ from zeropoint.core.dtypes import integer_range
 from zeropoint.core.errors import CalibrationError, SpecError
 from zeropoint.core.specs import PER_TENSOR
 from zeropoint.numerics.observers.base import UniformQuantizationObserverBase, fingerprint, in_memory_order
-from zeropoint.numerics.observers.greedy_search import BINS, greedy_bins
+from zeropoint.numerics.observers.greedy_search import MOST_BINS, Bins, greedy_bins
 from zeropoint.numerics.observers.range_search import least_error_range
 from zeropoint.numerics.scratch import scratch
 
@@ -42,8 +42,6 @@ SHRINK = 2.0**-32
 """What wide ranges are multiplied by before their values are counted: a power of 2, so that nothing is rounded."""
 
 Range = tuple[torch.Tensor, torch.Tensor]
-Bins = tuple[int, int] | None
-"""First and last bin of a range; None where the greedy search finds none."""
 
 
 class StreamingHistogram(UniformQuantizationObserverBase):
@@ -152,29 +150,38 @@ class HistogramObserver(StreamingHistogram):
     """
 
     def chosen_range(self) -> Range:
-        low, high = self.min_val.item(), self.max_val.item()
-        if max(-low, high) < self.eps.item() / 2:
-            return self.min_val, self.max_val  # Every range within it gets the scale eps, and no steps of zero point.
-        if not self.searches_greedily(low, high):
+        if self._is_within_half_a_step():  # Every range within it gets the scale eps, and no steps of zero point.
+            return self.min_val, self.max_val
+        if not self.searches_greedily():
             return self.least_error_range()
-        width = (high - low) / self.bins
-        return self._range_of(*greedy_bins(self.histogram.float().cpu()[None], [width], self.levels()))
+        return self._range_of(*greedy_bins(self.counts()[None], [self.bin_width()], self.levels()))
 
-    def searches_greedily(self, low: float, high: float) -> bool:
-        """True where that range is searched: the integers fill their dtype, and it does not lie within half a step."""
+    def searches_greedily(self) -> bool:
+        """True where the range is searched: the integers fill their dtype, and it does not lie within half a step."""
         fills_dtype = (self.quant_min, self.quant_max) == integer_range(self.dtype)
-        return fills_dtype and max(-low, high) >= self.eps.item() / 2
+        return fills_dtype and not self._is_within_half_a_step()
+
+    def _is_within_half_a_step(self) -> bool:
+        return max(-self.min_val.item(), self.max_val.item()) < self.eps.item() / 2
+
+    def counts(self) -> torch.Tensor:
+        """Returns the histogram as it is searched: float32, on the CPU."""
+        return self.histogram.float().cpu()
+
+    def bin_width(self) -> float:
+        """Returns the width of a bin, in units of the values."""
+        return (self.max_val.item() - self.min_val.item()) / self.bins
 
     def levels(self) -> int:
         """Returns how many integers there are."""
         return self.quant_max - self.quant_min + 1
 
-    def take(self, found: Bins) -> None:
+    def take(self, found: Bins | None) -> None:
         """Keeps the scale and zero point of what a search found, unless they are an error, until statistics change."""
         with contextlib.suppress(CalibrationError):  # Who asks for them is told.
             self._qparams = self._mark(), self._calculate_qparams(*self._range_of(found))
 
-    def _range_of(self, found: Bins) -> Range:
+    def _range_of(self, found: Bins | None) -> Range:
         if found is None:
             return self.least_error_range()
         bin_width = (self.max_val - self.min_val) / self.bins
@@ -195,17 +202,16 @@ def search_together(observers: Iterable[HistogramObserver]) -> None:
 
     Those without data, and those that search otherwise, are left out.
     """
-    alike: dict[tuple[int, int], list[tuple[HistogramObserver, float]]] = {}
+    alike: dict[tuple[int, int], list[HistogramObserver]] = {}
     for observer in observers:
-        low, high = observer.min_val.item(), observer.max_val.item()
-        if low <= high and observer.searches_greedily(low, high):
-            width = (high - low) / observer.bins
-            alike.setdefault((observer.bins, observer.levels()), []).append((observer, width))
+        if observer.min_val.item() <= observer.max_val.item() and observer.searches_greedily():
+            alike.setdefault((observer.bins, observer.levels()), []).append(observer)
     for (bins, levels), group in alike.items():
-        rows = max(1, BINS // bins)
+        rows = max(1, MOST_BINS // bins)
         for start in range(0, len(group), rows):
-            part, widths = zip(*group[start : start + rows], strict=True)
-            histograms = torch.stack([observer.histogram.float().cpu() for observer in part])
+            part = group[start : start + rows]
+            histograms = torch.stack([observer.counts() for observer in part])
+            widths = [observer.bin_width() for observer in part]
             for observer, found in zip(part, greedy_bins(histograms, widths, levels), strict=True):
                 observer.take(found)
 

@@ -15,6 +15,7 @@ from zeropoint.graph.bind import Site, reads
 from zeropoint.graph.graph_pass import graphs_of
 from zeropoint.graph.observers import observer_of
 from zeropoint.graph.source import module_path, operator_name, source_line
+from zeropoint.passes.affine_blocks import observer_in
 from zeropoint.report.coverage import NOT_ANNOTATED, CoverageRow, compute_nodes
 from zeropoint.report.explain.explain_plan import Graph, explained_node
 from zeropoint.report.explain.explanation import ExplainedNode, Member, ScaleGroup, Tensor
@@ -121,7 +122,7 @@ def _row(node: Node, *, is_quantized: bool) -> CoverageRow:
 
 def describe_observer(observer: Any) -> str:
     """Returns an observer or fake quantizer in a few words: type, range, scheme, its class."""
-    inner = getattr(observer, "activation_post_process", observer)
+    inner = observer_in(observer)
     dtype = str(getattr(observer, "dtype", None) or getattr(inner, "dtype", "")).removeprefix("torch.")
     low, high = (getattr(observer, name, getattr(inner, name, None)) for name in ("quant_min", "quant_max"))
     limits = "" if low is None or high is None else f" [{low}, {high}]"
@@ -134,7 +135,7 @@ def describe_observer(observer: Any) -> str:
 
 def _range_of(observer: Any) -> tuple[float | None, float | None]:
     """Returns the smallest and largest value that an observer keeps; None, None where it keeps none, or saw none."""
-    inner = getattr(observer, "activation_post_process", observer)
+    inner = observer_in(observer)
     ends = [getattr(inner, name, None) for name in ("min_val", "max_val")]
     if not all(isinstance(end, torch.Tensor) and end.numel() for end in ends):
         return None, None
